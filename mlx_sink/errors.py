@@ -1,0 +1,28 @@
+"""What can go wrong, as exceptions whose text is one line that a user can act on."""
+
+
+class SinkError(ValueError):
+    """Base of every error that mlx_sink raises on purpose.
+
+    The message is one line: what was wrong, what it got, what would work.
+    """
+
+
+class ConfigError(SinkError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class InputError(SinkError):
+    """Text, tokens or a file given as input cannot be used."""
+
+
+class ModelError(SinkError):
+    """A model cannot be found, is damaged, or is incomplete."""
+
+
+class UnsupportedModelError(SinkError):
+    """A model loads, but the contract cannot be kept for it."""
+
+
+class CacheError(SinkError):
+    """A cache was used in a way that would give wrong results."""
