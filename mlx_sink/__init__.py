@@ -1,0 +1,81 @@
+"""Endless generation in constant memory: StreamingLLM attention for Apple MLX and mlx-lm.
+
+    import mlx_sink
+
+    model, tokenizer = mlx_sink.load("demo", mlx_sink.SinkConfig(num_sinks=4, window=252))
+    for response in mlx_sink.stream_generate(model, tokenizer, "Once upon a time", max_tokens=-1):
+        print(response.text, end="", flush=True)
+
+The names below are imported when first used: ``import mlx_sink`` itself loads no model code.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_sink.attach import attach, detach
+    from mlx_sink.cache import SinkCache
+    from mlx_sink.config import SinkConfig
+    from mlx_sink.errors import (
+        CacheError,
+        ConfigError,
+        InputError,
+        ModelError,
+        SinkError,
+        UnsupportedModelError,
+    )
+    from mlx_sink.generate import generate, stream_generate
+    from mlx_sink.load import load
+    from mlx_sink.report import LayerReport, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheError",
+    "ConfigError",
+    "InputError",
+    "LayerReport",
+    "ModelError",
+    "Report",
+    "SinkCache",
+    "SinkConfig",
+    "SinkError",
+    "UnsupportedModelError",
+    "attach",
+    "detach",
+    "generate",
+    "load",
+    "stream_generate",
+]
+
+_HOMES = {
+    "attach": "attach",
+    "detach": "attach",
+    "SinkCache": "cache",
+    "SinkConfig": "config",
+    "CacheError": "errors",
+    "ConfigError": "errors",
+    "InputError": "errors",
+    "ModelError": "errors",
+    "SinkError": "errors",
+    "UnsupportedModelError": "errors",
+    "generate": "generate",
+    "stream_generate": "generate",
+    "load": "load",
+    "LayerReport": "report",
+    "Report": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlx_sink' has no attribute {name!r}")
+    value = getattr(import_module(f"mlx_sink.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

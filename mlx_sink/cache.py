@@ -1,0 +1,187 @@
+"""A KV cache of fixed size that speaks mlx-lm's cache protocol; no attention arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sink.config import SinkConfig
+from mlx_sink.errors import CacheError
+from mlx_sink.ring import Layout, Ring, Run, layout_of
+from mlx_sink.rope import Rotation
+
+GROWTH = 256
+"""Slots by which the arrays grow until they reach the capacity."""
+
+
+class SinkCache:
+    """The keys and values of one layer: the sinks, and the newest tokens in a ring.
+
+    `offset` is what the model's RoPE reads: tokens since the epoch began, which stays bounded.
+    The length of the stream is `tokens`.
+
+    Args:
+        config: What to keep.
+        rotation: The layer's rotary embedding.
+    """
+
+    def __init__(self, config: SinkConfig, rotation: Rotation):
+        self.ring = Ring.from_config(config)
+        self.rotation = rotation
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self._pending: Layout | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen since the stream began."""
+        return self.ring.tokens
+
+    @property
+    def offset(self) -> int:
+        """Position of the next token, as RoPE is to see it; below two epochs and a chunk."""
+        return self.ring.position
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Take in new tokens and return the rows that they attend to.
+
+        Args:
+            keys: ``[B, n_kv_heads, L, head_dim]`` after RoPE at `offset`.
+            values: ``[B, n_kv_heads, L, v_head_dim]``.
+
+        Returns:
+            Keys and values with rows as the layout of `take_layout` says.
+
+        Raises:
+            CacheError: The rows of the call before were never attended to.
+        """
+        if self.is_pending:
+            raise CacheError(
+                "the model does not attend through mlx_sink: "
+                "keys were fetched twice without an attention call between"
+            )
+        ring, n = self.ring, keys.shape[2]
+        self._pending = layout_of(ring, n)
+        if n == 1:
+            self._write(keys, values)
+            live = self.ring.live
+            return _rows(self.keys, live), _rows(self.values, live)
+        # The chunk's writes evict rows that its own first queries still see: fetch first.
+        held = ring.in_token_order()
+        fetched = _gather(self.keys, held, keys), _gather(self.values, held, values)
+        self._write(keys, values)
+        return fetched
+
+    def _write(self, keys: mx.array, values: mx.array) -> None:
+        """Put the new rows into their slots, growing the arrays up to the capacity."""
+        ring, n = self.ring, keys.shape[2]
+        slots = min(ring.tokens + n, ring.capacity)
+        if self.keys is None or self.values is None or slots > self.keys.shape[2]:
+            room = min(-(-slots // GROWTH) * GROWTH, ring.capacity)
+            self.keys = _grown(self.keys, keys, room)
+            self.values = _grown(self.values, values, room)
+        for c in ring.writes(n):
+            target, source = (
+                slice(c.target, c.target + c.length),
+                slice(c.source, c.source + c.length),
+            )
+            self.keys[:, :, target] = keys[:, :, source]
+            self.values[:, :, target] = values[:, :, source]
+        self.ring = ring.advanced(n)
+
+    @property
+    def is_pending(self) -> bool:
+        """True between fetching rows and attending to them."""
+        return self._pending is not None
+
+    def take_layout(self) -> Layout:
+        """Return the layout of the rows last fetched, and note that they are attended to.
+
+        Raises:
+            CacheError: Nothing was fetched since the last time.
+        """
+        layout, self._pending = self._pending, None
+        if layout is None:
+            raise CacheError("attention was called without new keys: shared KV is not supported")
+        return layout
+
+    def make_mask(
+        self, n: int, window_size: int | None = None, return_array: bool = False
+    ) -> str | None:
+        """Answer mlx-lm's question for a mask: none is needed, the layout says it all.
+
+        Raises:
+            CacheError: The model asks for its own window or for a mask array.
+        """
+        if window_size is not None or return_array:
+            raise CacheError("the model wants a mask of its own for this layer")
+        return None if n == 1 else "causal"
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> None:
+        """Refuse mlx-lm's ``kv_bits``: without this method it would be ignored silently.
+
+        Raises:
+            CacheError: Always.
+        """
+        raise CacheError(f"a sink ring cannot be quantised: leave kv_bits ({bits}) out")
+
+    def is_trimmable(self) -> bool:
+        """True while nothing has been evicted."""
+        return self.ring.tokens <= self.ring.capacity
+
+    def trim(self, n: int) -> int:
+        """Take back the newest ``n`` tokens.
+
+        Raises:
+            CacheError: Tokens have been evicted, so the result would be wrong.
+        """
+        n = min(n, self.ring.tokens)
+        self.ring = self.ring.trimmed(n)
+        return n
+
+    def size(self) -> int:
+        """Return the tokens held."""
+        return self.ring.live
+
+    def empty(self) -> bool:
+        """Tell whether nothing was taken in yet."""
+        return self.keys is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """The arrays and the integers of the ring, in the form mlx-lm evaluates and copies."""
+        ring = self.ring
+        integers = (ring.num_sinks, ring.window, ring.epoch)
+        return self.keys, self.values, *integers, ring.tokens, ring.start, ring.previous
+
+    @state.setter
+    def state(self, value: tuple[Any, ...]) -> None:
+        self.keys, self.values, *integers = value
+        self.ring = Ring(*integers)
+        self._pending = None
+
+
+def _grown(old: mx.array | None, like: mx.array, slots: int) -> mx.array:
+    B, heads, _, dim = like.shape
+    held = 0 if old is None else old.shape[2]
+    fresh = mx.zeros((B, heads, slots - held, dim), like.dtype)
+    return fresh if old is None else mx.concatenate([old, fresh], axis=2)
+
+
+def _rows(ring: mx.array | None, live: int) -> mx.array:
+    assert ring is not None
+    return ring if live == ring.shape[2] else ring[:, :, :live]
+
+
+def _gather(ring: mx.array | None, held: Sequence[Run], rows: mx.array) -> mx.array:
+    if ring is None:
+        return rows
+    parts = [ring[:, :, run.row : run.row + run.length] for run in held]
+    return mx.concatenate([*parts, rows], axis=2)

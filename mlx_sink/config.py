@@ -1,0 +1,124 @@
+"""What a stream keeps: how many first tokens, how many of the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mlx_sink.errors import ConfigError
+
+DEFAULT_NUM_SINKS = 4
+DEFAULT_WINDOW = 1024
+DEFAULT_EPOCH = 32768
+"""Tokens an epoch lasts unless stated: float32 RoPE angles are accurate up to twice this."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkConfig:
+    """Size and shape of the context of an endless stream.
+
+    Token ``t`` attends to the first ``num_sinks`` tokens of the stream and to the newest
+    ``window`` tokens, itself included.
+
+    Args:
+        num_sinks: First tokens of the stream that are never evicted; at least 0.
+        window: Newest tokens that stay visible, the token's own included; at least 1.
+        epoch: Tokens after which the positions that RoPE sees start again from 0; at least
+            ``num_sinks + window``. ``None`` means 32768, or the capacity if that is more. It
+            changes no result beyond rounding; tests make it small.
+
+    Raises:
+        ConfigError: A value is not an integer or out of range.
+
+    Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+    arXiv:2309.17453.
+    """
+
+    num_sinks: int = DEFAULT_NUM_SINKS
+    window: int = DEFAULT_WINDOW
+    epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_integer("num_sinks", self.num_sinks, at_least=0)
+        _check_integer("window", self.window, at_least=1)
+        if self.epoch is not None:
+            _check_integer("epoch", self.epoch, at_least=1)
+            if self.epoch < self.capacity:
+                raise ConfigError(
+                    f"epoch must be at least num_sinks + window ({self.capacity}), "
+                    f"got {self.epoch}"
+                )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache holds when full: ``num_sinks + window``."""
+        return self.num_sinks + self.window
+
+    @property
+    def epoch_length(self) -> int:
+        """Tokens in an epoch, the default resolved."""
+        return max(self.capacity, DEFAULT_EPOCH) if self.epoch is None else self.epoch
+
+    def check_context(self, context: int | None) -> None:
+        """Raise unless the whole context lies within what the model was trained on.
+
+        Args:
+            context: Positions the model was trained on, in tokens; ``None`` when its
+                configuration does not say.
+
+        Raises:
+            ConfigError: ``num_sinks + window`` exceeds ``context``.
+        """
+        if context is not None and self.capacity > context:
+            most = context - self.num_sinks
+            remedy = (
+                f"use a window of at most {most}"
+                if most >= 1
+                else f"use fewer than {context} sinks"
+            )
+            raise ConfigError(
+                f"num_sinks + window is {self.capacity}, more than the {context} tokens "
+                f"the model was trained on: {remedy}"
+            )
+
+    def to_dict(self) -> dict[str, int | None]:
+        """Return the settings as a JSON-ready dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SinkConfig:
+        """Build a configuration from `to_dict`'s form.
+
+        Raises:
+            ConfigError: A key is unknown or a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}: expected {sorted(known)}")
+        return cls(**values)
+
+    @classmethod
+    def for_context(
+        cls, context: int | None, num_sinks: int | None = None, window: int | None = None
+    ) -> SinkConfig:
+        """Fill in what is left open with the defaults, cut to the model's trained context.
+
+        Args:
+            context: Positions the model was trained on, in tokens, or ``None`` if unknown.
+            num_sinks: As in the class; ``None`` for 4.
+            window: As in the class; ``None`` for 1024, or less where the context is shorter.
+        """
+        sinks = DEFAULT_NUM_SINKS if num_sinks is None else num_sinks
+        if window is not None:
+            return cls(sinks, window)
+        room = DEFAULT_WINDOW if context is None else context - sinks
+        return cls(sinks, max(1, min(DEFAULT_WINDOW, room)))
+
+
+def _check_integer(name: str, value: object, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be an integer, got {value!r}")
+    if value < at_least:
+        raise ConfigError(f"{name} must be at least {at_least}, got {value}")

@@ -1,0 +1,279 @@
+"""Where tokens live and how far apart they are: integers only, no arrays.
+
+The first S tokens of a stream (the sinks) keep slots ``0..S-1`` for ever; token ``a >= S`` lives
+in slot ``S + (a - S) % W`` until token ``a + W`` overwrites it. With S = 2, W = 4, after 9
+tokens (0..8)::
+
+    slot    0  1 | 2  3  4  5
+    token   0  1 | 6  7  8  5        token 5 is the oldest, 8 the newest
+
+Positions are counted from the start of the current *epoch*, so that they stay small. A key is
+rotated once, at the position it had when it arrived. What a query needs instead is an extra
+*turn*, one for each kind of key range (`Turn`), because rotations add up: R(a) R(b) = R(a + b).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from mlx_sink.config import SinkConfig
+from mlx_sink.errors import CacheError
+
+
+class Turn(enum.Enum):
+    """The extra rotation that a query gets before it meets the keys of a range."""
+
+    NONE = "none"
+    """Keys of the same epoch: positions already differ by the true distance."""
+    PREVIOUS = "previous"
+    """Keys of the epoch before: turned by the length of that epoch."""
+    SINK = "sink"
+    """Sink tokens: turned so that the distance is ``min(t, S + W - 1) - i``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows of a key array that hold consecutive tokens: ``row + i`` holds ``token + i``."""
+
+    row: int
+    token: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """``length`` rows from ``source`` of one array to ``target`` of another."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """The state of a stream: how many tokens came, and where its epochs began.
+
+    Immutable; `advanced` and `trimmed` return the next state.
+
+    Attributes:
+        num_sinks: S.
+        window: W, own token included.
+        epoch: E, tokens after which positions restart; at least S + W, so that the sinks lie in
+            the first epoch and a window never spans more than two.
+        tokens: t, tokens seen so far, which is also the index of the next one.
+        start: A, the token at which the current epoch began.
+        previous: The token at which the epoch before began.
+    """
+
+    num_sinks: int
+    window: int
+    epoch: int
+    tokens: int = 0
+    start: int = 0
+    previous: int = 0
+
+    @classmethod
+    def from_config(cls, config: SinkConfig) -> Ring:
+        """Return the ring of a stream that has seen nothing."""
+        return cls(config.num_sinks, config.window, config.epoch_length)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a full ring, S + W."""
+        return self.num_sinks + self.window
+
+    @property
+    def position(self) -> int:
+        """P, what RoPE sees for the next token: tokens since the epoch began."""
+        return self.tokens - self.start
+
+    @property
+    def live(self) -> int:
+        """Slots that hold a token."""
+        return min(self.tokens, self.capacity)
+
+    def slot(self, token: int) -> int:
+        """Return the slot that holds ``token`` while it is alive."""
+        if token < self.num_sinks:
+            return token
+        return self.num_sinks + (token - self.num_sinks) % self.window
+
+    def advanced(self, n: int) -> Ring:
+        """Return the state after ``n`` more tokens, in a new epoch if this one is over."""
+        tokens = self.tokens + n
+        if tokens - self.start >= self.epoch:
+            return replace(self, tokens=tokens, start=tokens, previous=self.start)
+        return replace(self, tokens=tokens)
+
+    def trimmed(self, n: int) -> Ring:
+        """Return the state with the newest ``n`` tokens taken back.
+
+        Exact only while nothing has been evicted: an overwritten key cannot come back.
+
+        Raises:
+            CacheError: More tokens than were seen, or the ring has wrapped.
+        """
+        if self.tokens > self.capacity:
+            raise CacheError(
+                f"cannot take back {n} tokens: {self.tokens - self.capacity} tokens have been "
+                "evicted, and their keys cannot come back"
+            )
+        if not 0 <= n <= self.tokens:
+            raise CacheError(f"cannot take back {n} tokens of {self.tokens}")
+        tokens = self.tokens - n
+        start = self.start if tokens >= self.start else self.previous
+        return replace(self, tokens=tokens, start=start)
+
+    def live_runs(self) -> tuple[Run, ...]:
+        """Return what the slots hold, in slot order."""
+        t, S, W = self.tokens, self.num_sinks, self.window
+        if t <= self.capacity:
+            return _non_empty(Run(0, 0, t))
+        newest = self.slot(t - 1)
+        wrapped = newest + 1 - S
+        return _non_empty(
+            Run(0, 0, S),
+            Run(S, t - wrapped, wrapped),
+            Run(newest + 1, t - W, W - wrapped),
+        )
+
+    def in_token_order(self) -> tuple[Run, ...]:
+        """Return what the slots hold, oldest token first."""
+        return tuple(sorted(self.live_runs(), key=lambda run: run.token))
+
+    def writes(self, n: int) -> tuple[Copy, ...]:
+        """Return which of ``n`` arriving rows go to which slots, the evicted ones left out."""
+        t, end, S = self.tokens, self.tokens + n, self.num_sinks
+        copies: list[Copy] = []
+        if t < S:
+            copies.append(Copy(0, t, min(end, S) - t))
+        token = max(t, S, end - self.window)
+        while token < end:
+            slot = self.slot(token)
+            length = min(end - token, self.capacity - slot)
+            copies.append(Copy(token - t, slot, length))
+            token += length
+        return tuple(copies)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """A run of rows that a block of queries meets under one turn: all sinks, or none."""
+
+    row: int
+    token: int
+    length: int
+    turn: Turn
+    sinks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries that are attended together, and the keys that any of them sees.
+
+    Attributes:
+        first: Token of the first query.
+        last: Token after the last query.
+        ranges: The keys, in row order.
+        everything: Every query sees all of these keys up to its own token: a causal mask,
+            or none for a single query, says it all.
+    """
+
+    first: int
+    last: int
+    ranges: tuple[KeyRange, ...]
+    everything: bool
+
+    @property
+    def n(self) -> int:
+        """Queries in the block."""
+        return self.last - self.first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What one call attends to: its queries, and the token behind every row of its keys.
+
+    Compared by identity: `layout_of` hands the same object to every layer of a model, so that
+    what is derived from it is worked out once a step.
+
+    Attributes:
+        ring: The state at the start of the call; query ``i`` is token ``ring.tokens + i``.
+        n: Queries of the call.
+        runs: The rows of the key array.
+    """
+
+    ring: Ring
+    n: int
+    runs: tuple[Run, ...]
+
+    @property
+    def end(self) -> int:
+        """The token after the last query."""
+        return self.ring.tokens + self.n
+
+    def turns(self, turn: Turn) -> range | list[int]:
+        """Return how far each query is turned towards keys of a kind, in positions.
+
+        Sinks: from P = t - A to ``min(t, S + W - 1)``, which is the distance to token 0.
+        """
+        ring, queries = self.ring, range(self.ring.tokens, self.end)
+        if turn is Turn.SINK:
+            return [min(t, ring.capacity - 1) - (t - ring.start) for t in queries]
+        return [ring.start - ring.previous if turn is Turn.PREVIOUS else 0] * self.n
+
+    def block(self, first: int, last: int) -> Block:
+        """Return the keys that queries ``first .. last-1`` see, split by turn."""
+        ring, S, W = self.ring, self.ring.num_sinks, self.ring.window
+        oldest = max(S, first - W + 1)
+        # In the first epoch and with nothing evicted, positions are already right.
+        sink = Turn.NONE if ring.start == 0 and last <= ring.capacity else Turn.SINK
+        spans = (
+            (0, min(S, last), sink, True),
+            (oldest, min(last, ring.start), Turn.PREVIOUS, False),
+            (max(oldest, ring.start), last, Turn.NONE, False),
+        )
+        ranges: list[KeyRange] = []
+        for run in self.runs:
+            for low, high, turn, sinks in spans:
+                token = max(low, run.token)
+                length = min(high, run.token + run.length) - token
+                if length > 0:
+                    row = run.row + token - run.token
+                    ranges.append(KeyRange(row, token, length, turn, sinks))
+        return Block(first, last, tuple(ranges), everything=oldest >= last - W)
+
+
+@lru_cache(maxsize=16)
+def layout_of(ring: Ring, n: int) -> Layout:
+    """Lay out a call of ``n`` tokens on a ring.
+
+    A decode step (n = 1) attends to the ring itself in slot order, the new token already in
+    its slot. A chunk attends to the ring's rows in token order and then to its own: the ring
+    has no room for it.
+    """
+    if n == 1:
+        return Layout(ring, n, replace(ring, tokens=ring.tokens + 1).live_runs())
+    runs: list[Run] = []
+    for run in (*ring.in_token_order(), Run(0, ring.tokens, n)):
+        last = runs[-1] if runs else Run(0, 0, 0)
+        if last.token + last.length == run.token and runs:
+            runs[-1] = replace(last, length=last.length + run.length)
+        else:
+            runs.append(replace(run, row=last.row + last.length))
+    return Layout(ring, n, tuple(runs))
+
+
+@lru_cache(maxsize=64)
+def blocks_of(layout: Layout, size: int) -> tuple[Block, ...]:
+    """Cut the queries of a call into blocks of at most ``size``."""
+    return tuple(
+        layout.block(first, min(first + size, layout.end))
+        for first in range(layout.ring.tokens, layout.end, size)
+    )
+
+
+def _non_empty(*runs: Run) -> tuple[Run, ...]:
+    return tuple(run for run in runs if run.length > 0)

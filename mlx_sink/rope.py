@@ -1,0 +1,142 @@
+"""A model's rotary embedding as a fixed rotation that a query can be turned by.
+
+RoPE multiplies each pair of dimensions by a rotation whose angle is the position times the
+pair's frequency. Rotations add up, so ``R(b) rope(x, a) = rope(x, a + b)``, whatever else the
+embedding does to its input (a constant scale, as YaRN and longrope have it, passes through).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_sink.errors import UnsupportedModelError
+
+Rope = Callable[..., mx.array]
+
+
+class Rotation:
+    """The rotation part of a rotary embedding.
+
+    Args:
+        frequencies: Radians per position of each pair, ``[dims / 2]``.
+        interleaved: Pairs are ``(0, 1), (2, 3), ...`` (MLX's ``traditional``) rather than
+            ``(0, dims / 2), (1, dims / 2 + 1), ...``.
+
+    Dimensions from ``dims`` on are left alone (partial rotary).
+    """
+
+    def __init__(self, frequencies: Sequence[float] | np.ndarray, interleaved: bool = False):
+        self.frequencies = np.asarray(frequencies, dtype=np.float64)
+        self.interleaved = interleaved
+        self._tables: dict[object, tuple[mx.array, mx.array]] = {}
+
+    @property
+    def dims(self) -> int:
+        """Rotated dimensions."""
+        return 2 * len(self.frequencies)
+
+    @property
+    def is_identity(self) -> bool:
+        """True for a layer without positions: no turn changes anything."""
+        return not np.any(self.frequencies)
+
+    def turn(self, x: mx.array, positions: Sequence[int], key: object) -> mx.array:
+        """Rotate each row of x further by a number of positions.
+
+        Args:
+            x: ``[B, n_heads, L, head_dim]``, any float dtype.
+            positions: How far to turn each of the L rows; may be negative.
+            key: Stands for ``positions`` in the table of recent angles.
+
+        Returns:
+            ``[B, n_heads, L, head_dim]`` in x's dtype; worked out in float32.
+        """
+        cos, sin = self._table(positions, key)
+        dims, exact = self.dims, x.astype(mx.float32)
+        head = exact[..., :dims] if dims < x.shape[-1] else exact
+        turned = head * cos + self._partner(head) * sin
+        if dims < x.shape[-1]:
+            turned = mx.concatenate([turned, exact[..., dims:]], axis=-1)
+        return turned.astype(x.dtype)
+
+    def _partner(self, x: mx.array) -> mx.array:
+        """Return x with the two dimensions of every pair exchanged."""
+        if self.interleaved:
+            pairs = mx.reshape(x, (*x.shape[:-1], -1, 2))
+            return mx.reshape(pairs[..., ::-1], x.shape)
+        half = self.dims // 2
+        return mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
+
+    def _table(self, positions: Sequence[int], key: object) -> tuple[mx.array, mx.array]:
+        """Return cos and signed sin, ``[L, dims]`` in float32, worked out in float64.
+
+        All layers of a model ask for the same few tables in a step, so the last ones are kept.
+        """
+        table = self._tables.get(key)
+        if table is None:
+            angles = np.multiply.outer(np.asarray(positions, np.float64), self.frequencies)
+            cos, sin = np.cos(angles), np.sin(angles)
+            if self.interleaved:
+                cos, sin = np.repeat(cos, 2, axis=-1), np.stack([-sin, sin], axis=-1)
+                sin = sin.reshape(cos.shape)
+            else:
+                cos, sin = np.tile(cos, 2), np.concatenate([-sin, sin], axis=-1)
+            table = mx.array(cos.astype(np.float32)), mx.array(sin.astype(np.float32))
+            if len(self._tables) >= 4:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[key] = table
+        return table
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotation:
+        return self
+
+    @classmethod
+    def of(cls, rope: Rope | None) -> Rotation:
+        """Read the rotation from a rope module of MLX or mlx-lm.
+
+        Args:
+            rope: ``None`` for a layer without positions; a module with ``base``, ``scale``
+                (`mlx.nn.RoPE`); or one with ``_freqs``, positions per radian, and ``dims``
+                or ``dim`` (Llama 3, YaRN, longrope, proportional). Anything else is taken
+                for the identity, which `check` then confirms or refuses.
+        """
+        if isinstance(rope, nn.RoPE):
+            powers = np.arange(0, rope.dims, 2) / rope.dims
+            return cls(rope.scale * float(rope.base) ** -powers, bool(rope.traditional))
+        periods = getattr(rope, "_freqs", None)
+        if periods is not None:
+            with np.errstate(divide="ignore"):
+                frequencies = 1.0 / np.array(periods.astype(mx.float32), np.float64)
+            return cls(frequencies, bool(getattr(rope, "traditional", False)))
+        return cls([])
+
+    def check(self, rope: Rope | None, head_dim: int, farthest: int) -> None:
+        """Hold the rotation against the module it was read from.
+
+        Verifies ``R(b) rope(x, a) == rope(x, a + b)`` near and far.
+
+        Args:
+            rope: The module, called as ``rope(x, offset=a)``.
+            head_dim: Last dimension of the queries and keys.
+            farthest: The largest position that the module will see.
+
+        Raises:
+            UnsupportedModelError: The module is not a fixed rotation.
+        """
+        if rope is None:
+            return
+        x = mx.random.normal((1, 1, 2, head_dim), key=mx.random.key(0))
+        # float32 angles are off by up to half a unit in the last place of the position.
+        for a, b in ((0, 1), (7, 90), (3, farthest // 2), (farthest // 2, farthest // 2 - 2)):
+            turned = self.turn(rope(x, offset=a), [b, b], key=None if b == 1 else ("check", b))
+            difference = float(mx.abs(turned - rope(x, offset=a + b)).max().item())
+            if not difference <= 1e-3 + 1e-6 * (a + b):
+                raise UnsupportedModelError(
+                    f"its position embedding ({type(rope).__name__}) is not a fixed rotation: "
+                    f"from position {a} to {a + b} it is off by {difference:.2g}"
+                )
