@@ -23,12 +23,13 @@ if TYPE_CHECKING:
         ConfigError,
         InputError,
         ModelError,
+        OutputError,
         SinkError,
         UnsupportedModelError,
     )
-    from mlx_sink.generate import generate, stream_generate
     from mlx_sink.load import load
     from mlx_sink.report import LayerReport, Report
+    from mlx_sink.stream import generate, stream_generate
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "InputError",
     "LayerReport",
     "ModelError",
+    "OutputError",
     "Report",
     "SinkCache",
     "SinkConfig",
@@ -59,10 +61,11 @@ _HOMES = {
     "ConfigError": "errors",
     "InputError": "errors",
     "ModelError": "errors",
+    "OutputError": "errors",
     "SinkError": "errors",
     "UnsupportedModelError": "errors",
-    "generate": "generate",
-    "stream_generate": "generate",
+    "generate": "stream",
+    "stream_generate": "stream",
     "load": "load",
     "LayerReport": "report",
     "Report": "report",

@@ -19,7 +19,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_sink.attention import sink_attention
 from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
-from mlx_sink.errors import SinkError, UnsupportedModelError
+from mlx_sink.errors import CacheError, SinkError, UnsupportedModelError
 from mlx_sink.report import LayerReport, Report
 from mlx_sink.rope import Rope, Rotation
 
@@ -88,6 +88,18 @@ def detach(model: nn.Module) -> None:
     """
     if isinstance(model.__dict__.get("make_cache"), _MakeCache):
         del model.make_cache
+
+
+def make_cache(model: nn.Module) -> list[SinkCache]:
+    """Return empty caches for a new stream, one for each layer of an attached model.
+
+    Raises:
+        CacheError: The model is not attached.
+    """
+    make = model.__dict__.get("make_cache")
+    if not isinstance(make, _MakeCache):
+        raise CacheError("the model has no bounded cache: call mlx_sink.attach(model) first")
+    return make()
 
 
 def trained_context(model: nn.Module) -> int | None:

@@ -16,6 +16,10 @@ class InputError(SinkError):
     """Text, tokens or a file given as input cannot be used."""
 
 
+class OutputError(SinkError):
+    """What was made cannot be written where it should go."""
+
+
 class ModelError(SinkError):
     """A model cannot be found, is damaged, or is incomplete."""
 

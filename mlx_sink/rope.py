@@ -8,7 +8,7 @@ embedding does to its input (a constant scale, as YaRN and longrope have it, pas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -134,7 +134,8 @@ class Rotation:
         # float32 angles are off by up to half a unit in the last place of the position.
         for a, b in ((0, 1), (7, 90), (3, farthest // 2), (farthest // 2, farthest // 2 - 2)):
             turned = self.turn(rope(x, offset=a), [b, b], key=None if b == 1 else ("check", b))
-            difference = float(mx.abs(turned - rope(x, offset=a + b)).max().item())
+            error = mx.abs(turned - rope(x, offset=a + b)).max()
+            difference = cast("float", error.item())
             if not difference <= 1e-3 + 1e-6 * (a + b):
                 raise UnsupportedModelError(
                     f"its position embedding ({type(rope).__name__}) is not a fixed rotation: "

@@ -1,0 +1,93 @@
+"""What the commands share: options, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from mlx_sink.config import DEFAULT_NUM_SINKS, DEFAULT_WINDOW
+from mlx_sink.errors import OutputError, SinkError
+
+STATUS_ERROR = 2
+STATUS_INTERRUPTED = 130
+STATUS_CLOSED_PIPE = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with status 2."""
+        line = " ".join(message.split())
+        self.exit(STATUS_ERROR, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model to load, spelled as mlx-lm spells them."""
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help="a model folder, a Hugging Face repository, or 'demo' (default) for the small "
+        "model inside this package",
+    )
+    parser.add_argument("--adapter-path", help="a folder with trained adapter weights")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the model or its tokenizer (default: never)",
+    )
+
+
+def add_sink_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the stream keeps."""
+    parser.add_argument(
+        "--num-sinks",
+        type=int,
+        help=f"first tokens that are never evicted (default: {DEFAULT_NUM_SINKS})",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        help=f"newest tokens that stay visible (default: {DEFAULT_WINDOW}, or as many as the "
+        "model's trained context holds)",
+    )
+
+
+def run(main: Callable[[], int], prog: str) -> NoReturn:
+    """Run a command and leave with its exit status.
+
+    A `SinkError` becomes one line on stderr and status 2; so does output that cannot be
+    written. A closed pipe ends quietly, Ctrl-C with status 130.
+    """
+    try:
+        status = main()
+    except SinkError as error:
+        line = " ".join(str(error).split())
+        print(f"{prog}: error: {line}", file=sys.stderr)
+        status = STATUS_ERROR
+    except KeyboardInterrupt:
+        status = STATUS_INTERRUPTED
+    except BrokenPipeError:
+        status = STATUS_CLOSED_PIPE
+    sys.exit(status)
+
+
+def write(text: str) -> None:
+    """Write to stdout at once.
+
+    Raises:
+        BrokenPipeError: The reader is gone.
+        OutputError: The output cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python writes what is left in its buffer once more when it exits: to nowhere, then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OutputError(f"cannot write the output: {error.strerror or error}") from None

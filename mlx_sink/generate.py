@@ -1,0 +1,264 @@
+"""``python -m mlx_sink.generate``: read a text of any length, stream text for ever."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.sample_utils import make_sampler
+from tqdm import tqdm
+
+from mlx_sink import cli
+from mlx_sink.attach import attach, make_cache
+from mlx_sink.config import SinkConfig
+from mlx_sink.errors import ConfigError, InputError
+from mlx_sink.load import DEMO, load_unattached
+from mlx_sink.prompt import Prompt, read_text, render
+from mlx_sink.report import Report, format_bytes
+from mlx_sink.stream import stream_generate
+
+PROG = "python -m mlx_sink.generate"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's argument parser."""
+    p = cli.Parser(
+        prog=PROG,
+        description="Read a prompt of any length and stream text for as long as you like, in "
+        "constant memory. Text goes to stdout, everything else to stderr.",
+    )
+    cli.add_model_options(p)
+    text = p.add_mutually_exclusive_group()
+    text.add_argument("--prompt", "-p", help="what to read first; '-' reads standard input")
+    text.add_argument("--prompt-file", help="a UTF-8 text file to read first")
+    p.add_argument("--system-prompt", help="system prompt for the chat template")
+    p.add_argument("--prefill-response", help="how the answer is to begin")
+    p.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
+    p.add_argument("--chat-template-config", help="variables of the chat template, as JSON")
+    cli.add_sink_options(p)
+    p.add_argument(
+        "--pin-system-prompt",
+        action="store_true",
+        help="make the whole rendered system prompt sinks, so that it is never forgotten",
+    )
+    p.add_argument(
+        "--max-tokens", "-m", type=int, default=100, help="tokens to generate, -1 for ever (100)"
+    )
+    p.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    p.add_argument(
+        "--extra-eos-token", nargs="+", default=[], help="more tokens that end the text"
+    )
+    p.add_argument("--stop", nargs="+", default=[], help="strings that end the text")
+    p.add_argument("--temp", type=float, help="sampling temperature (0; 0.8 for the demo model)")
+    p.add_argument("--top-p", type=float, default=1.0, help="sampling top-p (1)")
+    p.add_argument("--min-p", type=float, default=0.0, help="sampling min-p (0)")
+    p.add_argument("--top-k", type=int, default=0, help="sampling top-k, 0 for all (0)")
+    p.add_argument("--min-tokens-to-keep", type=int, default=1, help="least tokens for min-p (1)")
+    p.add_argument("--xtc-probability", type=float, default=0.0, help="probability of XTC (0)")
+    p.add_argument("--xtc-threshold", type=float, default=0.1, help="threshold of XTC (0.1)")
+    p.add_argument("--seed", type=int, help="seed of the random numbers")
+    p.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="tokens read at once (2048)"
+    )
+    p.add_argument("--json", action="store_true", help="print the statistics as one JSON object")
+    return p
+
+
+class _Run:
+    """One run of the command: what it read, what it made, and the statistics of both."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        loaded = load_unattached(
+            args.model,
+            adapter_path=args.adapter_path,
+            tokenizer_config={"trust_remote_code": args.trust_remote_code},
+            trust_remote_code=args.trust_remote_code,
+        )
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.prompt = _prompt(args, self.tokenizer)
+        self.report = self._attach(loaded.context)
+        self.caches = make_cache(self.model)
+        self.last: GenerationResponse | None = None
+        self.read = 0
+        self.bar: tqdm[Any] | None = None
+
+    def _attach(self, context: int | None) -> Report:
+        args, num_sinks = self.args, self.args.num_sinks
+        if args.pin_system_prompt:
+            if not self.prompt.system:
+                raise ConfigError("--pin-system-prompt needs --system-prompt")
+            num_sinks = max(self.prompt.system, num_sinks or 0)
+        config = SinkConfig.for_context(context, num_sinks, args.window)
+        config.check_context(context)
+        return attach(self.model, config)
+
+    def stream(self) -> None:
+        """Generate, and write the text as it comes."""
+        args = self.args
+        for token in args.extra_eos_token:
+            self.tokenizer.add_eos_token(token)
+        for response in stream_generate(
+            self.model,
+            self.tokenizer,
+            self.prompt.tokens,
+            args.max_tokens,
+            stop=args.stop,
+            ignore_eos=args.ignore_eos,
+            prompt_cache=self.caches,
+            sampler=_sampler(args, self.tokenizer),
+            prefill_step_size=args.prefill_step_size,
+            prompt_progress_callback=self._progress,
+        ):
+            self.last = response
+            if response.text:
+                cli.write(response.text)
+        cli.write("\n")
+
+    def _progress(self, done: int, total: int) -> None:
+        """Show how far the prompt is read; short prompts need no bar."""
+        if self.bar is None and total > self.args.prefill_step_size:
+            pace = 0.2 if sys.stderr.isatty() else 10.0
+            self.bar = tqdm(total=total, desc="reading", unit="tok", mininterval=pace, leave=False)
+        if self.bar is not None:
+            self.bar.update(done - self.read)
+            if done == total:
+                self.bar.close()
+        self.read = done
+
+    def close(self) -> None:
+        """Leave no half-drawn progress bar behind."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what was read and made, the bytes held, and where the stream stands."""
+        last = self.last
+        made = last.generation_tokens if last else 0
+        return {
+            "model": self.args.model,
+            "prompt_tokens": self.read,
+            "prompt_tps": round(last.prompt_tps, 3) if last else None,
+            "generation_tokens": made,
+            "generation_tps": round(last.generation_tps, 3) if last else None,
+            "finish_reason": last.finish_reason if last else None,
+            "num_sinks": self.report.config.num_sinks,
+            "window": self.report.config.window,
+            "cache_bytes": sum(cache.nbytes for cache in self.caches),
+            "cache_bytes_full": self.report.nbytes,
+            "peak_memory_bytes": mx.get_peak_memory(),
+            "position": self.read + made,
+        }
+
+
+def _prompt(args: argparse.Namespace, tokenizer: Any) -> Prompt:
+    """Read and render the prompt that the arguments name."""
+    if args.prompt_file is not None:
+        text = read_text(args.prompt_file, f"prompt file {args.prompt_file!r}")
+    elif args.prompt == "-":
+        text = read_text(sys.stdin.buffer, "standard input")
+    elif args.prompt is not None:
+        text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    else:
+        text = "Once upon a time" if args.model == DEMO else "hello"
+    options: object = {}
+    if args.chat_template_config is not None:
+        try:
+            options = json.loads(args.chat_template_config)
+        except ValueError:
+            options = None
+    if not isinstance(options, dict):
+        raise InputError("--chat-template-config must be a JSON object")
+    return render(
+        tokenizer,
+        text,
+        system=args.system_prompt,
+        chat=not args.ignore_chat_template,
+        response=args.prefill_response,
+        template_options=cast("dict[str, Any]", options),
+    )
+
+
+def _sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
+    temp = args.temp if args.temp is not None else (0.8 if args.model == DEMO else 0.0)
+    special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+    return make_sampler(
+        temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=special,
+    )
+
+
+def _summary(s: dict[str, Any]) -> str:
+    def rate(tps: float | None) -> str:
+        return "" if tps is None else f" at {tps:.1f} tok/s"
+
+    lines = [
+        f"read {s['prompt_tokens']} tokens{rate(s['prompt_tps'])}, "
+        f"made {s['generation_tokens']}{rate(s['generation_tps'])}; "
+        f"the stream stands at token {s['position']}",
+        f"cache {format_bytes(s['cache_bytes'])} ({s['num_sinks']} sinks + window "
+        f"{s['window']}; {format_bytes(s['cache_bytes_full'])} when full), "
+        f"peak memory {format_bytes(s['peak_memory_bytes'])}",
+    ]
+    if s["model"] == DEMO:
+        lines.append(
+            "this was the small demo model; for a real one: "
+            f"{PROG} --model mlx-community/Llama-3.2-3B-Instruct-4bit"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0, or 130 after Ctrl-C; errors are raised.
+    """
+    args = parser().parse_args(argv)
+    _check(args)
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    run, status = _Run(args), 0
+    try:
+        run.stream()
+    except KeyboardInterrupt:
+        status = cli.STATUS_INTERRUPTED
+        cli.write("\n")
+    finally:
+        run.close()
+    statistics = run.statistics()
+    print(json.dumps(statistics) if args.json else _summary(statistics), file=sys.stderr)
+    return status
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise for values that only a later, less clear error would complain about."""
+    if args.max_tokens == 0 or args.max_tokens < -1:
+        raise ConfigError(f"--max-tokens must be positive, or -1 for ever, got {args.max_tokens}")
+    if args.prefill_step_size < 1:
+        raise ConfigError(f"--prefill-step-size must be at least 1, got {args.prefill_step_size}")
+    SinkConfig(
+        num_sinks=0 if args.num_sinks is None else args.num_sinks,
+        window=1 if args.window is None else args.window,
+    )
+    if args.temp is not None and args.temp < 0:
+        raise ConfigError(f"--temp must be at least 0, got {args.temp}")
+    if not 0 <= args.top_p <= 1:
+        raise ConfigError(f"--top-p must be from 0 to 1, got {args.top_p}")
+    if not 0 <= args.min_p <= 1:
+        raise ConfigError(f"--min-p must be from 0 to 1, got {args.min_p}")
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)
