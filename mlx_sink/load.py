@@ -82,10 +82,10 @@ def _find(name: str) -> str:
     if name == DEMO:
         return str(Path(__file__).with_name("demo"))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         _check_folder(path)
         return str(path)
-    if path.exists():
+    if name and path.exists():
         raise ModelError(f"model {name!r} is a file: name the folder that holds config.json")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
         raise ModelError(f"model folder {name!r} does not exist")
