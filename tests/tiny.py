@@ -127,9 +127,9 @@ def random_tokens(n: int, seed: int = 0, batch: int = 1) -> np.ndarray:
 
 
 def cut(n: int, lengths: Iterable[int]) -> Iterator[slice]:
-    """Cut ``range(n)`` into slices of the given lengths, the last one shortened."""
+    """Cut ``range(n)`` into slices of the given lengths, and what they leave into one."""
     first = 0
-    for length in lengths:
+    for length in chain(lengths, [n]):
         if first >= n:
             return
         yield slice(first, min(first + length, n))
@@ -153,12 +153,12 @@ def run(
     model: nn.Module,
     tokens: np.ndarray,
     caches: Sequence[Any],
-    lengths: Iterable[int] | None = None,
+    lengths: Iterable[int] = (),
 ) -> np.ndarray:
     """Feed tokens ``[B, n]`` in pieces and return all logits, ``[B, n, vocabulary]`` float32."""
     n = tokens.shape[1]
     pieces: list[mx.array] = []
-    for piece in cut(n, lengths or [n]):
+    for piece in cut(n, lengths):
         logits = model(mx.array(tokens[:, piece]), cache=caches)
         mx.eval(logits, [cache.keys for cache in caches])
         pieces.append(logits.astype(mx.float32))
@@ -169,16 +169,14 @@ def stream(
     model: nn.Module,
     config: SinkConfig,
     tokens: np.ndarray,
-    lengths: Iterable[int] | None = None,
+    lengths: Iterable[int] = (),
 ) -> np.ndarray:
     """Attach, make a new cache, and `run`."""
     attach(model, config)
     return run(model, tokens, model.make_cache(), lengths)
 
 
-def plain(
-    model: nn.Module, tokens: np.ndarray, lengths: Iterable[int] | None = None
-) -> np.ndarray:
+def plain(model: nn.Module, tokens: np.ndarray, lengths: Iterable[int] = ()) -> np.ndarray:
     """`run` with mlx-lm's own unbounded cache: full attention."""
     return run(model, tokens, [KVCache() for _ in model.layers], lengths)
 
