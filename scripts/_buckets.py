@@ -1,0 +1,149 @@
+"""Losses by position in a stream: the figures of each bucket, as a table and as a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAMES = {
+    "full": "full attention",
+    "rotating": "mlx-lm RotatingKVCache",
+    "window": "window, no sinks",
+    "recompute": "recompute (sampled)",
+    "ours": "mlx_sink",
+}
+# A palette that people with any colour vision can tell apart (Okabe and Ito, 2008).
+STYLES: dict[str, dict[str, Any]] = {
+    "full": {"color": "#999999"},
+    "rotating": {"color": "#d55e00"},
+    "window": {"color": "#56b4e9", "linestyle": "--"},
+    "recompute": {
+        "color": "#000000",
+        "linestyle": "",
+        "marker": "o",
+        "markersize": 4,
+        "zorder": 3,
+    },
+    "ours": {"color": "#009e73", "linewidth": 2.2},
+}
+
+
+def bucket_edges(tokens: int, wanted: Sequence[int] | None) -> list[int]:
+    """Return where position buckets begin and end: at 0, 256, 512, 1024, ... unless stated."""
+    ends = wanted or [256 << i for i in range(max(0, math.ceil(math.log2(tokens / 256))) + 1)]
+    return [0, *sorted({min(end, tokens) for end in [*ends, tokens]})]
+
+
+def summary(losses: np.ndarray, positions: np.ndarray, edges: list[int]) -> dict[str, Any]:
+    """Return mean loss and perplexity over all positions, by bucket, and finely for a plot."""
+    # A sampled arm has fewer losses, so fewer points keep it as steady as the others.
+    points = 64 if len(positions) == edges[-1] else 16
+    return {
+        **figures(losses),
+        "buckets": by_position(losses, positions, edges),
+        "curve": by_position(losses, positions, curve_edges(edges[-1], points)),
+    }
+
+
+def curve_edges(tokens: int, points: int) -> list[int]:
+    """Return the edges of even buckets."""
+    return sorted({round(tokens * i / points) for i in range(points + 1)})
+
+
+def by_position(
+    losses: np.ndarray, positions: np.ndarray, edges: list[int]
+) -> list[dict[str, Any]]:
+    """Return the figures of each bucket that has any tokens."""
+    rows: list[dict[str, Any]] = []
+    for low, high in pairwise(edges):
+        inside = (positions >= low) & (positions < high)
+        if inside.any():
+            rows.append({"from": low, "to": high} | figures(losses[:, inside]))
+    return rows
+
+
+def figures(losses: np.ndarray) -> dict[str, Any]:
+    """Return count, mean loss in nats and perplexity."""
+    loss = float(losses.mean(dtype=np.float64))
+    return {"count": losses.size, "loss": loss, "perplexity": math.exp(loss)}
+
+
+def same_tokens(ours: np.ndarray, oracle: np.ndarray) -> dict[str, Any]:
+    """Compare ours with the oracle on exactly the same tokens."""
+    if not ours.size:
+        return {"count": 0}
+    a, b = figures(ours), figures(oracle)
+    return {
+        "count": ours.size,
+        "ours": a["perplexity"],
+        "recompute": b["perplexity"],
+        "ratio": a["perplexity"] / b["perplexity"],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Lay the perplexities out for people, one row for each bucket."""
+    arms = result["arms"]
+    cells = {
+        name: {(b["from"], b["to"]): f"{b['perplexity']:.2f}" for b in arm["buckets"]}
+        for name, arm in arms.items()
+    }
+    spans = sorted({span for column in cells.values() for span in column})
+    widths = {name: max(len(NAMES[name]), 8) for name in arms}
+    lines = [
+        f"perplexity by position: {result['streams']} streams of {result['tokens']} tokens, "
+        f"{result['capacity']} in the cache",
+        "  ".join([f"{'tokens':>12}", *(f"{NAMES[name]:>{widths[name]}}" for name in arms)]),
+    ]
+    for low, high in spans:
+        row = (f"{cells[name].get((low, high), '-'):>{widths[name]}}" for name in arms)
+        lines.append("  ".join([f"{f'{short(low)}-{short(high)}':>12}", *row]))
+    row = (f"{arm['perplexity']:>{widths[name]}.2f}" for name, arm in arms.items())
+    lines.append("  ".join([f"{'all':>12}", *row]))
+    same = result.get("same_tokens")
+    if same and same["count"]:
+        lines.append(
+            f"the same {same['count']} tokens, all past the first eviction: mlx_sink "
+            f"{same['ours']:.4f}, recompute {same['recompute']:.4f}, ratio {same['ratio']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def short(n: int) -> str:
+    """Write a position as people say it: 4K, 1M."""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if n and n % size == 0:
+            return f"{n // size}{unit}"
+    return str(n)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw perplexity by position, on a log scale, as a PNG."""
+    # Only a run that is to be drawn needs matplotlib.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    for name, arm in result["arms"].items():
+        middles = [(b["from"] + b["to"]) / 2 for b in arm["curve"]]
+        heights = [b["perplexity"] for b in arm["curve"]]
+        axes.plot(middles, heights, label=NAMES[name], **STYLES[name])
+    axes.axvline(result["capacity"], color="#bbbbbb", linewidth=0.8, linestyle=":")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlim(0, result["tokens"])
+    axes.set_xlabel("position in the stream (tokens); the dotted line is where eviction begins")
+    axes.set_ylabel("perplexity")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, format="png")

@@ -1,0 +1,141 @@
+"""What the measuring scripts share: the machine's description, paired timing, mlx-lm's caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+FAST_GFLOPS = 10.0
+"""A core of this century reaches more than this with a tuned BLAS, and less with a plain one."""
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def machine() -> dict[str, Any]:
+    """Describe what the figures were measured on, in JSON-ready form."""
+    gflops = matmul_gflops()
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": "gpu" if on_gpu else "cpu",
+        "matmul_gflops_float32": round(gflops, 1),
+        "fast_blas": on_gpu or gflops > FAST_GFLOPS,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("mlx", "mlx-lm")},
+    }
+
+
+def matmul_gflops(n: int = 512) -> float:
+    """Return the speed of a float32 matrix product: it tells a tuned BLAS from a plain one."""
+    a = mx.random.normal((n, n), key=mx.random.key(0))
+    mx.eval(a @ a)
+    best = min(_timed(lambda: mx.eval(a @ a)) for _ in range(3))
+    return 2 * n**3 / best / 1e9
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """Put the machine's description in a line."""
+    blas = "" if facts["fast_blas"] else ", SLOW: preload a tuned BLAS before believing ratios"
+    return (
+        f"{facts['platform']}, {facts['processor']}, {facts['cores']} cores, "
+        f"device {facts['device']}, mlx {facts['mlx']}, mlx-lm {facts['mlx-lm']}, "
+        f"python {facts['python']}, {facts['matmul_gflops_float32']} GFLOP/s{blas}"
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Times of two things measured in turns, in seconds."""
+
+    ours: Sequence[float]
+    theirs: Sequence[float]
+
+    def to_dict(self, per: int = 1) -> dict[str, Any]:
+        """Return medians in ms and how many times faster ours is.
+
+        The speed-up is the median over the rounds: what slows a shared machine down for a
+        moment slows both sides of a round.
+
+        Args:
+            per: Units of work in one measurement.
+        """
+        quotients = [b / a for a, b in zip(self.ours, self.theirs, strict=True)]
+        return {
+            "rounds": len(quotients),
+            "ours_ms": round(statistics.median(self.ours) * 1e3 / per, 4),
+            "theirs_ms": round(statistics.median(self.theirs) * 1e3 / per, 4),
+            "speedup": round(statistics.median(quotients), 4),
+        }
+
+
+def alternate(
+    ours: Callable[[], object], theirs: Callable[[], object], rounds: int, warmup: int
+) -> Pair:
+    """Time two functions in turns, the one that goes first changing every round.
+
+    Args:
+        ours: Runs one measurement to its end (`mx.eval` included).
+        theirs: Likewise.
+        rounds: Measurements of each that count.
+        warmup: Measurements of each before those.
+    """
+    pair = Pair([], [])
+    for i in range(-warmup, rounds):
+        sides = [(ours, pair.ours), (theirs, pair.theirs)]
+        for run, times in sides if i % 2 else reversed(sides):
+            seconds = _timed(run)
+            if i >= 0:
+                times.append(seconds)
+    return pair
+
+
+def rotating_caches(model: nn.Module, capacity: int, keep: int) -> list[RotatingKVCache]:
+    """Return mlx-lm's own bounded cache for every layer."""
+    return [RotatingKVCache(max_size=capacity, keep=keep) for _ in model.layers]
+
+
+def full_caches(model: nn.Module) -> list[KVCache]:
+    """Return mlx-lm's own growing cache for every layer."""
+    return [KVCache() for _ in model.layers]
+
+
+def evaluate_caches(caches: Sequence[Any]) -> None:
+    """Finish what is pending on the caches, so that no later measurement pays for it."""
+    mx.eval([c.keys for c in caches], [c.values for c in caches])
+
+
+def as_json(result: dict[str, Any], indent: int | None = None) -> str:
+    """Write a result as strict JSON: a figure that is no number is an error, not a token.
+
+    Raises:
+        ValueError: A figure is NaN or infinite.
+    """
+    return json.dumps(result, allow_nan=False, indent=indent)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
