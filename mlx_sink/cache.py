@@ -62,34 +62,36 @@ class SinkCache:
                 "the model does not attend through mlx_sink: "
                 "keys were fetched twice without an attention call between"
             )
-        ring, n = self.ring, keys.shape[2]
-        self._pending = layout_of(ring, n)
-        if n == 1:
-            self._write(keys, values)
+        layout = self._pending = layout_of(self.ring, keys.shape[2])
+        self.ring = layout.after
+        if layout.n == 1:
+            ring_keys, ring_values = self._write(layout, keys, values)
             live = self.ring.live
-            return _rows(self.keys, live), _rows(self.values, live)
+            if live < ring_keys.shape[2]:
+                return ring_keys[:, :, :live], ring_values[:, :, :live]
+            return ring_keys, ring_values
         # The chunk's writes evict rows that its own first queries still see: fetch first.
-        held = ring.in_token_order()
-        fetched = _gather(self.keys, held, keys), _gather(self.values, held, values)
-        self._write(keys, values)
+        fetched = _gather(self.keys, layout.held, keys), _gather(self.values, layout.held, values)
+        self._write(layout, keys, values)
         return fetched
 
-    def _write(self, keys: mx.array, values: mx.array) -> None:
+    def _write(
+        self, layout: Layout, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
         """Put the new rows into their slots, growing the arrays up to the capacity."""
-        ring, n = self.ring, keys.shape[2]
-        slots = min(ring.tokens + n, ring.capacity)
+        slots = layout.after.live
         if self.keys is None or self.values is None or slots > self.keys.shape[2]:
-            room = min(-(-slots // GROWTH) * GROWTH, ring.capacity)
+            room = min(-(-slots // GROWTH) * GROWTH, layout.after.capacity)
             self.keys = _grown(self.keys, keys, room)
             self.values = _grown(self.values, values, room)
-        for c in ring.writes(n):
+        for c in layout.writes:
             target, source = (
                 slice(c.target, c.target + c.length),
                 slice(c.source, c.source + c.length),
             )
             self.keys[:, :, target] = keys[:, :, source]
             self.values[:, :, target] = values[:, :, source]
-        self.ring = ring.advanced(n)
+        return self.keys, self.values
 
     @property
     def is_pending(self) -> bool:
@@ -173,11 +175,6 @@ def _grown(old: mx.array | None, like: mx.array, slots: int) -> mx.array:
     held = 0 if old is None else old.shape[2]
     fresh = mx.zeros((B, heads, slots - held, dim), like.dtype)
     return fresh if old is None else mx.concatenate([old, fresh], axis=2)
-
-
-def _rows(ring: mx.array | None, live: int) -> mx.array:
-    assert ring is not None
-    return ring if live == ring.shape[2] else ring[:, :, :live]
 
 
 def _gather(ring: mx.array | None, held: Sequence[Run], rows: mx.array) -> mx.array:

@@ -15,6 +15,7 @@ rotated once, at the position it had when it arrived. What a query needs instead
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -22,14 +23,14 @@ from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
 
 
-class Turn(enum.Enum):
+class Turn(enum.IntEnum):
     """The extra rotation that a query gets before it meets the keys of a range."""
 
-    NONE = "none"
+    NONE = 0
     """Keys of the same epoch: positions already differ by the true distance."""
-    PREVIOUS = "previous"
+    PREVIOUS = 1
     """Keys of the epoch before: turned by the length of that epoch."""
-    SINK = "sink"
+    SINK = 2
     """Sink tokens: turned so that the distance is ``min(t, S + W - 1) - i``."""
 
 
@@ -170,26 +171,36 @@ class KeyRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring rows ``[start, stop)`` under the same turn; tokens need not run on."""
+
+    start: int
+    stop: int
+    turn: Turn
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Queries that are attended together, and the keys that any of them sees.
 
     Attributes:
         first: Token of the first query.
         last: Token after the last query.
+        n: Queries in the block.
         ranges: The keys, in row order.
+        spans: The same rows, as few pieces as their turns allow.
+        turns: The turns that the keys ask for.
         everything: Every query sees all of these keys up to its own token: a causal mask,
             or none for a single query, says it all.
     """
 
     first: int
     last: int
+    n: int
     ranges: tuple[KeyRange, ...]
+    spans: tuple[Span, ...]
+    turns: frozenset[Turn]
     everything: bool
-
-    @property
-    def n(self) -> int:
-        """Queries in the block."""
-        return self.last - self.first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,11 +214,17 @@ class Layout:
         ring: The state at the start of the call; query ``i`` is token ``ring.tokens + i``.
         n: Queries of the call.
         runs: The rows of the key array.
+        held: Those that come out of the slots, in the same order; the others are the call's.
+        writes: Which of the call's rows go to which slots.
+        after: The state at the end of the call.
     """
 
     ring: Ring
     n: int
     runs: tuple[Run, ...]
+    held: tuple[Run, ...]
+    writes: tuple[Copy, ...]
+    after: Ring
 
     @property
     def end(self) -> int:
@@ -243,7 +260,15 @@ class Layout:
                 if length > 0:
                     row = run.row + token - run.token
                     ranges.append(KeyRange(row, token, length, turn, sinks))
-        return Block(first, last, tuple(ranges), everything=oldest >= last - W)
+        return Block(
+            first,
+            last,
+            last - first,
+            tuple(ranges),
+            _merged(ranges),
+            frozenset(r.turn for r in ranges),
+            everything=oldest >= last - W,
+        )
 
 
 @lru_cache(maxsize=16)
@@ -254,16 +279,19 @@ def layout_of(ring: Ring, n: int) -> Layout:
     its slot. A chunk attends to the ring's rows in token order and then to its own: the ring
     has no room for it.
     """
+    writes, after = ring.writes(n), ring.advanced(n)
     if n == 1:
-        return Layout(ring, n, replace(ring, tokens=ring.tokens + 1).live_runs())
+        held = after.live_runs()
+        return Layout(ring, n, held, held, writes, after)
+    held = ring.in_token_order()
     runs: list[Run] = []
-    for run in (*ring.in_token_order(), Run(0, ring.tokens, n)):
+    for run in (*held, Run(0, ring.tokens, n)):
         last = runs[-1] if runs else Run(0, 0, 0)
         if last.token + last.length == run.token and runs:
             runs[-1] = replace(last, length=last.length + run.length)
         else:
             runs.append(replace(run, row=last.row + last.length))
-    return Layout(ring, n, tuple(runs))
+    return Layout(ring, n, tuple(runs), held, writes, after)
 
 
 @lru_cache(maxsize=64)
@@ -273,6 +301,17 @@ def blocks_of(layout: Layout, size: int) -> tuple[Block, ...]:
         layout.block(first, min(first + size, layout.end))
         for first in range(layout.ring.tokens, layout.end, size)
     )
+
+
+def _merged(ranges: Sequence[KeyRange]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for r in ranges:
+        stop = r.row + r.length
+        if spans and spans[-1].stop == r.row and spans[-1].turn is r.turn:
+            spans[-1] = replace(spans[-1], stop=stop)
+        else:
+            spans.append(Span(r.row, stop, r.turn))
+    return tuple(spans)
 
 
 def _non_empty(*runs: Run) -> tuple[Run, ...]:

@@ -28,22 +28,21 @@ class Rotation:
             ``(0, dims / 2), (1, dims / 2 + 1), ...``.
 
     Dimensions from ``dims`` on are left alone (partial rotary).
+
+    Attributes:
+        is_identity: True for a layer without positions: no turn changes anything.
     """
 
     def __init__(self, frequencies: Sequence[float] | np.ndarray, interleaved: bool = False):
         self.frequencies = np.asarray(frequencies, dtype=np.float64)
         self.interleaved = interleaved
-        self._tables: dict[object, tuple[mx.array, mx.array]] = {}
+        self.is_identity = not self.frequencies.any()
+        self._recent: dict[object, tuple[mx.array, ...]] = {}
 
     @property
     def dims(self) -> int:
         """Rotated dimensions."""
         return 2 * len(self.frequencies)
-
-    @property
-    def is_identity(self) -> bool:
-        """True for a layer without positions: no turn changes anything."""
-        return not np.any(self.frequencies)
 
     def turn(self, x: mx.array, positions: Sequence[int], key: object) -> mx.array:
         """Rotate each row of x further by a number of positions.
@@ -51,17 +50,21 @@ class Rotation:
         Args:
             x: ``[B, n_heads, L, head_dim]``, any float dtype.
             positions: How far to turn each of the L rows; may be negative.
-            key: Stands for ``positions`` in the table of recent angles.
+            key: Stands for ``positions`` among the recent ones.
 
         Returns:
             ``[B, n_heads, L, head_dim]`` in x's dtype; worked out in float32.
         """
-        cos, sin = self._table(positions, key)
-        dims, exact = self.dims, x.astype(mx.float32)
-        head = exact[..., :dims] if dims < x.shape[-1] else exact
+        exact = x.astype(mx.float32)
+        if len(positions) == 1:
+            # A decode step: one small product costs less than many smaller operations.
+            (matrix,) = self._recall(key, lambda: (self._matrix(positions[0], x.shape[-1]),))
+            return (exact @ matrix).astype(x.dtype)
+        cos, sin = self._recall(key, lambda: self._table(positions))
+        head = exact[..., : self.dims] if self.dims < x.shape[-1] else exact
         turned = head * cos + self._partner(head) * sin
-        if dims < x.shape[-1]:
-            turned = mx.concatenate([turned, exact[..., dims:]], axis=-1)
+        if self.dims < x.shape[-1]:
+            turned = mx.concatenate([turned, exact[..., self.dims :]], axis=-1)
         return turned.astype(x.dtype)
 
     def _partner(self, x: mx.array) -> mx.array:
@@ -72,25 +75,42 @@ class Rotation:
         half = self.dims // 2
         return mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
 
-    def _table(self, positions: Sequence[int], key: object) -> tuple[mx.array, mx.array]:
-        """Return cos and signed sin, ``[L, dims]`` in float32, worked out in float64.
+    def _recall(
+        self, key: object, make: Callable[[], tuple[mx.array, ...]]
+    ) -> tuple[mx.array, ...]:
+        """Return what was made for a key: all layers of a model ask for the same in a step."""
+        made = self._recent.get(key)
+        if made is None:
+            made = make()
+            if len(self._recent) >= 4:
+                del self._recent[next(iter(self._recent))]
+            self._recent[key] = made
+        return made
 
-        All layers of a model ask for the same few tables in a step, so the last ones are kept.
-        """
-        table = self._tables.get(key)
-        if table is None:
-            angles = np.multiply.outer(np.asarray(positions, np.float64), self.frequencies)
-            cos, sin = np.cos(angles), np.sin(angles)
-            if self.interleaved:
-                cos, sin = np.repeat(cos, 2, axis=-1), np.stack([-sin, sin], axis=-1)
-                sin = sin.reshape(cos.shape)
-            else:
-                cos, sin = np.tile(cos, 2), np.concatenate([-sin, sin], axis=-1)
-            table = mx.array(cos.astype(np.float32)), mx.array(sin.astype(np.float32))
-            if len(self._tables) >= 4:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[key] = table
-        return table
+    def _table(self, positions: Sequence[int]) -> tuple[mx.array, mx.array]:
+        """Return cos and signed sin, ``[L, dims]`` in float32, worked out in float64."""
+        angles = np.multiply.outer(np.asarray(positions, np.float64), self.frequencies)
+        cos, sin = np.cos(angles), np.sin(angles)
+        if self.interleaved:
+            cos, sin = np.repeat(cos, 2, axis=-1), np.stack([-sin, sin], axis=-1)
+            sin = sin.reshape(cos.shape)
+        else:
+            cos, sin = np.tile(cos, 2), np.concatenate([-sin, sin], axis=-1)
+        return mx.array(cos.astype(np.float32)), mx.array(sin.astype(np.float32))
+
+    def _matrix(self, position: int, head_dim: int) -> mx.array:
+        """Return the rotation as a matrix for rows, ``[head_dim, head_dim]`` in float32."""
+        angles = position * self.frequencies
+        pairs = np.arange(len(angles))
+        if self.interleaved:
+            first, second = 2 * pairs, 2 * pairs + 1
+        else:
+            first, second = pairs, pairs + len(angles)
+        matrix = np.eye(head_dim, dtype=np.float32)
+        matrix[first, first] = matrix[second, second] = np.cos(angles)
+        matrix[first, second] = np.sin(angles)
+        matrix[second, first] = -matrix[first, second]
+        return mx.array(matrix)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotation:
         return self

@@ -241,7 +241,7 @@ def test_nothing_grows():
         assert c.offset < E + longest
         assert c.size() == S + W
     assert c.tokens == n
-    assert len(c.rotation._tables) <= 4
+    assert len(c.rotation._recent) <= 4
     for memory in (layout_of, blocks_of):
         assert memory.cache_info().currsize <= memory.cache_info().maxsize
 
