@@ -135,8 +135,8 @@ def test_masks():
 
 
 @pytest.mark.parametrize("epoch", [7, 8, None])
-@pytest.mark.parametrize("lengths", [1, 4, 7])
-@pytest.mark.parametrize("n", [1, 3, 6, 7])
+@pytest.mark.parametrize("lengths", [1, 7])
+@pytest.mark.parametrize("n", [1, 3, 7])
 def test_trimmed_tokens_leave_no_trace(epoch: int | None, lengths: int, n: int):
     """Speculative decoding takes rejected tokens back: what follows must be as if never read."""
     model, config = build("llama", layers=2), SinkConfig(2, 5, epoch=epoch)

@@ -174,6 +174,16 @@ def test_turn_is_accurate_at_any_distance(case: Case):
 
 
 @each_case
+@pytest.mark.parametrize("position", [0, 1, -17, 1000, FARTHEST, -FARTHEST])
+def test_a_single_row_is_turned_like_many(case: Case, position: int):
+    """A decode step goes another way to the same rotation, dimensions beyond `dims` included."""
+    x = vectors(1)
+    rotation = Rotation(case.frequencies, case.interleaved)
+    turned = np.array(rotation.turn(mx.array(x), [position], key="a"))
+    np.testing.assert_allclose(turned, rotate(x, np.array([position]), case), atol=2e-6)
+
+
+@each_case
 @pytest.mark.parametrize(("a", "b"), [(0, 5), (9, -4), (100, 400), (700, -650)])
 def test_turning_after_rope_is_rope_further_on(case: Case, a: int, b: int):
     """R(b) rope(x, a) == rope(x, a + b), the module's own scale passed through."""
