@@ -42,7 +42,8 @@ def bucket_edges(tokens: int, wanted: Sequence[int] | None) -> list[int]:
 def summary(losses: np.ndarray, positions: np.ndarray, edges: list[int]) -> dict[str, Any]:
     """Return mean loss and perplexity over all positions, by bucket, and finely for a plot."""
     # A sampled arm has fewer losses, so fewer points keep it as steady as the others.
-    points = 64 if len(positions) == edges[-1] else 16
+    sampled = len(positions) > 1 and positions[1] - positions[0] > 1
+    points = 16 if sampled else 64
     return {
         **figures(losses),
         "buckets": by_position(losses, positions, edges),

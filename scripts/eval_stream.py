@@ -35,6 +35,7 @@ from _measure import (
     full_caches,
     machine,
     rotating_caches,
+    say,
 )
 from tqdm import tqdm
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             plot(result, args.plot)
     except (SinkError, OSError, UnicodeDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     return 0
 
@@ -84,6 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to measure")
     add("--chunk", type=int, default=128, help="tokens fed at once")
     add("--rotating-chunk", type=int, default=1, help="the same for the rotating arm")
+    add("--full-tokens", type=int, help="where the full arm stops: its cost grows with position")
     add("--every", type=int, default=40, help="recompute every k-th token of a stream")
     add("--edges", type=int, nargs="+", help="ends of the position buckets; doubling if left out")
     add("--dtype", choices=DTYPES, help="type of weights and cache; the model's if left out")
@@ -131,7 +133,7 @@ def measure(
 ) -> dict[str, Any]:
     """Run the arms and gather their figures in JSON-ready form."""
     facts = machine()
-    tqdm.write(describe(facts), file=sys.stderr)
+    say(describe(facts))
     edges = bucket_edges(inputs.shape[1], args.edges)
     options = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     result: dict[str, Any] = {"machine": facts, "options": options, "streams": inputs.shape[0]}
@@ -144,8 +146,9 @@ def measure(
             positions = sampled
             losses[name] = recompute(model, config, inputs, targets, sampled)
         else:
-            positions = np.arange(inputs.shape[1])
-            losses[name] = stream(model, config, name, inputs, targets, args)
+            stop = args.full_tokens if name == "full" else None
+            losses[name] = stream(model, config, name, inputs[:, :stop], targets[:, :stop], args)
+            positions = np.arange(losses[name].shape[1])
         arm = {"seconds": round(time.perf_counter() - start, 2)}
         result["arms"][name] = arm | summary(losses[name], positions, edges)
     if {"ours", "recompute"} <= losses.keys():

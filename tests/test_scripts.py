@@ -1,0 +1,153 @@
+"""The measuring scripts, run on tiny models: their JSON has its shape, their figures are real."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folder import make_folder
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
+SMALL = shlex.split("""
+    --layers 2 --hidden 32 --intermediate 48 --heads 4 --kv-heads 2 --head-dim 8 --vocab 64
+    --windows 8 24 --window 16 --steps 3 --warmup 1 --prefill 48 --chunk 16 --rounds 2
+""")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the scripts importable, as running one does."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """Yield every number in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+@pytest.mark.usefixtures("scripts")
+def test_bench_measures_every_section(capsys: pytest.CaptureFixture[str]):
+    import bench_stream
+
+    assert bench_stream.main(SMALL) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"machine", "options", "position", "decode", "prefill", "bytes"} == result.keys()
+    assert all(map(math.isfinite, numbers(result)))
+    assert [row["window"] for row in result["decode"]] == [8, 24]
+    pairs = [*result["decode"], result["prefill"]["attention"], result["prefill"]["model"]]
+    assert all(pair["ours_ms"] > 0 and pair["speedup"] > 0 for pair in pairs)
+    for name in ("one_epoch", "two_epochs"):
+        assert result["position"][name]["late_over_early"] > 0
+        assert 999_900 < result["position"][name]["position"] <= 1_000_000
+    assert result["bytes"]["equal"] is True
+
+
+@pytest.mark.usefixtures("scripts")
+def test_moved_rings_stand_where_decoding_would_leave_them():
+    """Late positions are injected; the slots must be those of the real stream."""
+    from bench_stream import move
+
+    from mlx_sink import SinkCache, SinkConfig
+    from mlx_sink.ring import Ring
+    from mlx_sink.rope import Rotation
+
+    cache = SinkCache(SinkConfig(3, 5, epoch=20), Rotation([]))
+    ring = Ring.from_config(SinkConfig(3, 5, epoch=20))
+    for _ in range(11):
+        ring = ring.advanced(1)
+    cache.ring, late = ring, ring
+    while late.tokens < 221:
+        late = late.advanced(1)
+    assert move([cache], 225, late.position) == 221
+    assert cache.ring == late
+    assert cache.ring.slot(220) == ring.slot(10)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_eval_measures_every_arm(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import eval_stream
+
+    figures, picture = tmp_path / "out.json", tmp_path / "out.png"
+    sizes = shlex.split("--tokens 48 --streams 2 --num-sinks 2 --window 6 --chunk 16 --every 5")
+    outputs = ["--json", str(figures), "--plot", str(picture), "--edges", "16", "32"]
+    status = eval_stream.main(
+        ["--model", str(model), "--text", str(text), "--full-tokens", "32", *sizes, *outputs]
+    )
+    assert status == 0
+    table = capsys.readouterr().out
+    assert all(row in table for row in ("0-16", "16-32", "32-48", "ratio"))
+    result = json.loads(figures.read_text())
+    assert all(map(math.isfinite, numbers(result)))
+    arms = result["arms"]
+    assert {name: arm["count"] for name, arm in arms.items()} == {
+        "full": 64,
+        "rotating": 96,
+        "window": 96,
+        "recompute": 18,
+        "ours": 96,
+    }
+    for arm in arms.values():
+        assert arm["perplexity"] == pytest.approx(math.exp(arm["loss"]))
+        assert sum(bucket["count"] for bucket in arm["buckets"]) == arm["count"]
+    assert result["same_tokens"]["ratio"] == pytest.approx(1, abs=0.2)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("scripts")
+def test_before_eviction_every_arm_says_the_same(model: Path, text: Path, tmp_path: Path):
+    import eval_stream
+
+    figures = tmp_path / "out.json"
+    sizes = shlex.split("--tokens 24 --streams 3 --window 20 --every 1 --dtype float32")
+    arguments = ["--model", str(model), "--text", str(text), "--json", str(figures), *sizes]
+    assert eval_stream.main(arguments) == 0
+    losses = [arm["loss"] for arm in json.loads(figures.read_text())["arms"].values()]
+    assert losses == pytest.approx([losses[0]] * 5, abs=1e-4)
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (["--tokens", "100000"], "tokens for each of 1 streams, not 100000"),
+        (["--window", "100"], "more than the 64 tokens"),
+        (["--text", "missing.txt"], "No such file"),
+        (["--model", "missing-model/"], "missing-model"),
+    ],
+)
+def test_eval_says_in_a_line_what_is_wrong(
+    model: Path, text: Path, capsys: pytest.CaptureFixture[str], change: list[str], reason: str
+):
+    import eval_stream
+
+    arguments = ["--model", str(model), "--text", str(text), "--window", "8", *change]
+    assert eval_stream.main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert reason in error
