@@ -1,0 +1,2 @@
+def lint_launch(*a): pass
+def lint_text(*a): pass
