@@ -18,14 +18,17 @@ CPP = Path(__file__).parent / "cpp"
 
 # One rounding per operation, as Metal has it, and no more knowledge than a GPU compiler has.
 # Kernels are instrumented at -O1: vectorised loads would pass the hooks by.
-_KERNEL_FLAGS = (
-    "-std=gnu++17 -O1 -g1 -w -c -fno-pie -fno-exceptions -fno-rtti -fsigned-char "
-    "-fsingle-precision-constant -ffp-contract=off -fno-math-errno -fno-strict-aliasing "
-    "-fno-finite-loops -fno-tree-vectorize -ftrivial-auto-var-init=pattern "
-    "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 "
-    "-fsanitize=bounds,alignment,object-size,integer-divide-by-zero,signed-integer-overflow,"
+_SANITIZERS = (
+    "bounds,alignment,object-size,integer-divide-by-zero,signed-integer-overflow,"
     "shift,float-cast-overflow,return,unreachable"
-).split()
+)
+_KERNEL_FLAGS = [
+    *("-std=gnu++17", "-O1", "-g1", "-w", "-c", "-fno-pie", "-fno-exceptions", "-fno-rtti"),
+    *("-fsigned-char", "-fsingle-precision-constant", "-ffp-contract=off", "-fno-math-errno"),
+    *("-fno-strict-aliasing", "-fno-finite-loops", "-fno-tree-vectorize"),
+    *("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
+    *(f"-fsanitize={_SANITIZERS}", "-ftrivial-auto-var-init=pattern"),
+]
 # swapcontext-based fibers, for other processors; here for the test of that path.
 _UCONTEXT = "HOST_METAL_UCONTEXT"
 
@@ -157,7 +160,8 @@ def _first_error(said: str) -> TextError:
 
 
 def _is_kernel_text(file: str) -> bool:
-    return str(CPP) not in file and file not in ("<stdin>", "host-entry", "mlx-signature", "??", "")
+    ours = ("<stdin>", "host-entry", "mlx-signature", "??", "")
+    return str(CPP) not in file and os.path.basename(file) not in ours
 
 
 def place_of_address(runner: Path, address: int) -> Place | None:
@@ -167,6 +171,6 @@ def place_of_address(runner: Path, address: int) -> Place | None:
     result = subprocess.run(command, capture_output=True, text=True)
     for line in result.stdout.splitlines():  # innermost function first
         file, _, number = line.partition(" (")[0].rpartition(":")
-        if _is_kernel_text(os.path.basename(file)) and str(CPP) not in file and number.isdigit():
+        if _is_kernel_text(file) and number.isdigit():
             return Place(os.path.basename(file), int(number))
     return None

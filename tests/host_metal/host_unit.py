@@ -38,6 +38,7 @@ def host_unit(traced: Traced, header: str, source: str) -> str:
     """
     values = ", ".join(value for _, _, value in traced.template)
     declared = ", ".join(f"{kind} {name}" for kind, name, _ in traced.template)
+    template = f"template <{declared}>" if declared else ""
     signature = ",\n".join(f"  {p.type}{p.form} {p.name}" for p in traced.parameters)
     arguments = ",\n".join(f"    {argument}" for argument in _arguments(traced))
     return "\n".join(
@@ -45,7 +46,7 @@ def host_unit(traced: Traced, header: str, source: str) -> str:
             '#include "metal/metal.h"',
             "using namespace metal;",
             header,
-            line_marker(Place("mlx-signature", 1)) + (f"template <{declared}>" if declared else ""),
+            line_marker(Place("mlx-signature", 1)) + template,
             f"[[kernel]] void {traced.name}(\n{signature}) {{",
             share_variables(source),
             line_marker(Place("host-entry", 1)) + "}",

@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 
 from .build import build_runner
-from .errors import TextError
 from .host_unit import host_unit
 from .lint import lint_launch, lint_text
 from .runner import Buffer, Options, Report, run

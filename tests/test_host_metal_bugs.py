@@ -1,0 +1,248 @@
+"""Each mistake that a GPU would keep to itself is planted, and must be named with its line."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import pytest
+from host_metal import RunError, TextError
+from host_metal.examples import HEADER, SOURCE, rms_norm_kernel, run_rms_norm
+
+X = mx.random.normal((3, 256), key=mx.random.key(0))
+WEIGHT = mx.random.normal((256,), key=mx.random.key(1))
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+SUM = "simd_sum(sum_of_squares<E>(values))"
+READ = "total += partial[i]"
+
+
+@dataclass
+class Planted:
+    kind: str
+    good: str
+    bad: str
+    noticed: str | None = None  # the line that shows it; without, the planted one
+
+    def text(self, original: str) -> str:
+        assert original.count(self.good) == 1, f"not exactly once in the example: {self.good}"
+        return original.replace(self.good, self.bad)
+
+    def line(self, original: str) -> int:
+        # The planted text has no more lines than the good one, so the original's are right.
+        return original[: original.index(self.noticed or self.good)].count("\n") + 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def good_version():
+    """The example as it stands breaks no rule."""
+    out, rms = run_rms_norm(rms_norm_kernel(), X, WEIGHT)
+    assert mx.allclose(out, mx.fast.rms_norm(X, WEIGHT, 1e-5), atol=1e-5)
+    assert mx.allclose(rms, mx.rsqrt(mx.mean(X * X, axis=1) + 1e-5), rtol=1e-5)
+
+
+RUN_TIME = {
+    # Order within a threadgroup.
+    "no barrier": Planted("uninitialised", BARRIER, "", READ),
+    "barrier without a flag": Planted(
+        "race", BARRIER, "threadgroup_barrier(mem_flags::mem_none);", READ
+    ),
+    "barrier for the other memory": Planted(
+        "race", BARRIER, "threadgroup_barrier(mem_flags::mem_device);", READ
+    ),
+    "barrier of one simdgroup": Planted(
+        "uninitialised", BARRIER, "simdgroup_barrier(mem_flags::mem_threadgroup);", READ
+    ),
+    "memory used again without a barrier": Planted(
+        "race", "const float scale =", "partial[sg] = total; const float scale =", READ
+    ),
+    "device memory used without a barrier": Planted(
+        "race", "if (sg == 0 && lane == 0)", "if (sg == 0 && lane == 1 && out[row * D] != 0)"
+    ),
+    "two simdgroups on one element": Planted("race", "out[row * D + column]", "out[column % 128]"),
+    # Order between threadgroups: there is none.
+    "two threadgroups on one element": Planted(
+        "race", "out[row * D + column]", "out[row / 2 * D + column]"
+    ),
+    # Rendezvous that some do not reach.
+    "barrier that half the lanes skip": Planted(
+        "barrier-divergence", "float total =", f"if (lane < 16) {BARRIER} float total ="
+    ),
+    "barrier that a simdgroup skips": Planted(
+        "barrier-divergence", "float total =", f"if (sg == 1) {BARRIER} float total ="
+    ),
+    "barrier after an early return": Planted(
+        "barrier-divergence", BARRIER, f"if (sg == 1) return; {BARRIER}"
+    ),
+    "simd operation that half the lanes skip": Planted(
+        "simd-divergence", SUM, f"lane < 16 ? {SUM} : 0.0f"
+    ),
+    "simd operation that all but one lane skip": Planted(
+        "simd-divergence", "rms[row] = scale", "rms[row] = simd_max(scale)"
+    ),
+    "two simd operations in two branches": Planted(
+        "simd-divergence", SUM, "lane < 16 ? simd_sum(1.0f) : simd_max(1.0f)"
+    ),
+    "shuffle from a lane that is not there": Planted(
+        "simd-absent-lane", SUM, f"simd_shuffle({SUM}, lane + 1)"
+    ),
+    # Places that are none of the kernel's.
+    "read beyond an input": Planted("out-of-bounds", "weight[column]", "weight[column + 1]"),
+    "read before an input": Planted("out-of-bounds", "weight[column]", "weight[int(column) - 1]"),
+    "read beyond a shape": Planted("out-of-bounds", "total / D", "total / x_shape[2]"),
+    "write beyond an output": Planted("out-of-bounds", "rms[row]", "rms[row + 3]"),
+    "index beyond a threadgroup array": Planted("out-of-bounds", "partial[sg] =", "partial[2] ="),
+    "pointer beyond a threadgroup array": Planted(
+        "out-of-bounds", "partial[sg] =", "(&partial[0])[sg + 1] ="
+    ),
+    "index beyond a private array": Planted(
+        "out-of-bounds", "values[i] * scale", "values[i + 1] * scale"
+    ),
+    "write to an input": Planted(
+        "write-to-input", "rms[row] = scale", "rms[row] = *(device T*)&x[row] = scale"
+    ),
+    "vector load off its alignment": Planted(
+        "misaligned", "partial[sg] = sum", "partial[sg] = (*(const device float4*)(x + 1)).x"
+    ),
+    # Values that nobody has made.
+    "threadgroup memory partly written": Planted(
+        "uninitialised", "if (lane == 0) {", "if (lane == 0 && sg == 0) {", READ
+    ),
+    "output partly written": Planted(
+        "unwritten-output", "rms[row] = scale;", "if (row) rms[row] = scale;"
+    ),
+    # Resources and arithmetic.
+    "33 KB of threadgroup memory": Planted(
+        "threadgroup-memory", "partial[NSG];", "partial[33 * 256];"
+    ),
+    "endless loop": Planted("timeout", READ, f"{READ} * 0.5f; i -= 1", "; ++i"),
+    "division by zero": Planted("undefined", "total / D", "total / (D / int(row))"),
+    "overflow of an index": Planted("undefined", "total / D", "total / ((D + int(row)) * 0x10000000)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUN_TIME)
+def test_run_names_the_mistake_and_its_line(name):
+    planted = RUN_TIME[name]
+    kernel = rms_norm_kernel(planted.text(SOURCE), cpu_seconds=0.5)
+    with pytest.raises(RunError) as caught:
+        run_rms_norm(kernel, X, WEIGHT)
+    assert caught.value.kind == planted.kind, caught.value
+    lines = {planted.line(SOURCE)}
+    if name == "endless loop":  # stopped anywhere within it
+        lines |= {planted.line(SOURCE) + 1}
+    assert caught.value.where in {f"rms_norm.metal:{line}" for line in lines}, caught.value
+
+
+def test_run_names_a_line_of_the_header():
+    planted = Planted("out-of-bounds", "(from + i)", "(from + i + N * (1 << 20))")
+    with pytest.raises(RunError) as caught:
+        run_rms_norm(rms_norm_kernel(header=planted.text(HEADER)), X, WEIGHT)
+    assert caught.value.kind == "out-of-bounds"
+    line = planted.line(HEADER)
+    # The load itself is on the line that names the address, or the one that uses it.
+    assert caught.value.where in (f"common.metal:{line}", f"common.metal:{line + 2}")
+
+
+def test_run_finds_inputs_that_only_their_elements_align():
+    kernel = rms_norm_kernel()
+    with pytest.raises(RunError) as caught:
+        run_rms_norm(kernel, X, WEIGHT, misalign=True)
+    assert caught.value.kind == "misaligned"
+    one_by_one = plant_scalar_load()
+    run_rms_norm(rms_norm_kernel(header=one_by_one), X, WEIGHT, misalign=True)
+
+
+def plant_scalar_load() -> str:
+    vector = "const vec<T, 4> part = *reinterpret_cast<const device vec<T, 4>*>(from + i);"
+    return Planted("", vector, "const device T* part = from + i;").text(HEADER)
+
+
+def test_schedules_agree():
+    outs = [run_rms_norm(rms_norm_kernel(), X, WEIGHT, seed=seed)[0] for seed in range(4)]
+    assert all(mx.array_equal(outs[0], out) for out in outs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_race_is_found_in_every_schedule(seed):
+    planted = RUN_TIME["memory used again without a barrier"]
+    with pytest.raises(RunError, match="race"):
+        run_rms_norm(rms_norm_kernel(planted.text(SOURCE)), X, WEIGHT, seed=seed)
+
+
+STRICT = {
+    # Address spaces: of the wrong kind, missing, cast away.
+    "constant pointer to device memory": (
+        Planted("strict", "rms[row] = scale", "const constant T* p = x; rms[row] = p[0]"), SOURCE
+    ),
+    "thread pointer for a device parameter": (
+        Planted("strict", "load_run<T, E>(x + row * D + first", "load_run<float, E>(values"), SOURCE
+    ),
+    "device pointer for a thread parameter": (
+        Planted("strict", "sum_of_squares<E>(values)", "sum_of_squares<E>(x)"), SOURCE
+    ),
+    "threadgroup pointer for a thread parameter": (
+        Planted("strict", "sum_of_squares<E>(values)", "sum_of_squares<NSG>(partial)"), SOURCE
+    ),
+    "a cast from one space to another": (
+        Planted("strict", "total += partial[i]", "total += *(const thread float*)&partial[i]"),
+        SOURCE,
+    ),
+    "threadgroup variable in a helper": (
+        Planted("strict", "float sum = 0.0f", "threadgroup float none[1]; float sum = 0.0f"), HEADER
+    ),
+    "threadgroup variable with an initialiser": (
+        Planted("strict", "float partial[NSG];", "float partial = 0.0f;"), SOURCE
+    ),
+    "a variable of the whole program": (
+        Planted("strict", "// N values from device memory", "float table[2] = {1, 2}; //"), HEADER
+    ),
+    "a pointer to a function": (
+        Planted("strict", "float sum = 0.0f", "float (*f)(float) = exp; float sum = f(0)"), HEADER
+    ),
+    "a sum of 64-bit integers": (
+        Planted("strict", SUM, "simd_sum(long(lane))"), SOURCE
+    ),
+    "max of int and uint": (
+        Planted("strict", "total / D", "total / max(D, lane)"), SOURCE
+    ),
+    # Names that C, C++ or OpenCL have and Metal lacks.
+    "expf": (Planted("strict", "precise::rsqrt(", "1.0f / expf("), SOURCE),
+    "erf": (Planted("strict", "precise::rsqrt(", "erf("), SOURCE),
+    "get_global_id": (Planted("strict", "sg == 0 && lane", "sg == 0 && get_global_id(0)"), SOURCE),
+    "printf": (Planted("strict", "rms[row] = scale", 'printf("x")'), SOURCE),
+    "a misspelled attribute": (
+        Planted("strict", "= threadgroup_position_in_grid.y", "= threadgroup_position.y"), SOURCE
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_strict_pass_names_what_metal_refuses(name):
+    planted, original = STRICT[name]
+    text = planted.text(original)
+    kernel = rms_norm_kernel(text) if original is SOURCE else rms_norm_kernel(header=text)
+    kernel._lint = False
+    with pytest.raises(TextError) as caught:
+        run_rms_norm(kernel, X, WEIGHT)
+    file = "rms_norm.metal" if original is SOURCE else "common.metal"
+    assert caught.value.kind == planted.kind, caught.value
+    assert caught.value.where == f"{file}:{planted.line(original)}", caught.value
+
+
+def test_strict_pass_wants_a_cast_to_bfloat():
+    planted = Planted("strict", "= static_cast<T>(values", "= (values")
+    kernel = rms_norm_kernel(planted.text(SOURCE))
+    run_rms_norm(kernel, X.astype(mx.float16), WEIGHT.astype(mx.float16))
+    with pytest.raises(TextError) as caught:
+        run_rms_norm(kernel, X.astype(mx.bfloat16), WEIGHT.astype(mx.bfloat16))
+    assert caught.value.where == f"rms_norm.metal:{planted.line(SOURCE)}"
+
+
+def test_compiler_errors_name_the_line_too():
+    planted = Planted("compile", "precise::rsqrt(", "1.0f / expf(")
+    kernel = rms_norm_kernel(planted.text(SOURCE))
+    kernel._strict = False
+    with pytest.raises(TextError) as caught:
+        run_rms_norm(kernel, X, WEIGHT)
+    assert caught.value.kind == "compile"
+    assert caught.value.where == f"rms_norm.metal:{planted.line(SOURCE)}"
+    assert "expf" in caught.value.message
