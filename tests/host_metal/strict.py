@@ -27,6 +27,7 @@ _UNSHARED = re.compile(r"(default|generic) address space|implicit (copy|move)")
 # Warnings to clang, errors to Metal.
 _HARD = re.compile(r"implicit conversion loses floating-point precision: .* to .*(bfloat|__bf16)")
 
+_OUR_FILES = {"metal.h", "macros.h", "kernel.cl", "?"}
 _VECTOR_CALL = re.compile(r"\b(?:metal::)?vec\s*<\s*([\w:]+)\s*,\s*(\w+)\s*>\s*\(")
 
 
@@ -94,7 +95,7 @@ def _diagnose(unit: str, extensions: list[str]) -> list[tuple[Place, str]]:
         "kernel.cl", args=[*_ARGUMENTS, *extensions], unsaved_files=[("kernel.cl", unit)]
     )
     return [
-        (_presumed_place(cindex, diagnostic.location), diagnostic.spelling)
+        (_place_in_kernel(cindex, diagnostic), diagnostic.spelling)
         for diagnostic in parsed.diagnostics
         if diagnostic.severity >= cindex.Diagnostic.Error or _HARD.search(diagnostic.spelling)
     ]
@@ -107,6 +108,12 @@ def _clang() -> Any:
         message = "host_metal's strict pass needs clang: pip install libclang"
         raise ToolError(message) from None
     return cindex
+
+
+def _place_in_kernel(cindex: Any, diagnostic: Any) -> Place:
+    """Where kernel text is wrong; for an error within our declarations, who instantiated them."""
+    found = [_presumed_place(cindex, part.location) for part in (diagnostic, *diagnostic.children)]
+    return next((place for place in found if place.file not in _OUR_FILES), found[0])
 
 
 def _presumed_place(cindex: Any, location: Any) -> Place:

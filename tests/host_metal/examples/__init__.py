@@ -1,5 +1,6 @@
 """A small kernel of the project's own kind, on which the runner is tested."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,30 @@ def run_rms_norm(
         output_dtypes=[x.dtype, mx.float32],
         **options,
     )
+
+
+@dataclass
+class Planted:
+    """A mistake put into the example's text in place of what is right.
+
+    Attributes:
+        kind: The kind of error that must name it.
+        good: A part of the text that occurs once.
+        bad: What takes its place, in as many lines.
+        noticed: A part of the line that shows the mistake, if that is not the planted one.
+    """
+
+    kind: str
+    good: str
+    bad: str
+    noticed: str | None = None
+
+    def text(self, original: str) -> str:
+        """The text with the mistake."""
+        assert original.count(self.good) == 1, f"not exactly once in the example: {self.good}"
+        assert self.good.count("\n") == self.bad.count("\n")
+        return original.replace(self.good, self.bad)
+
+    def line(self, original: str) -> int:
+        """The line that the error must name."""
+        return original[: original.index(self.noticed or self.good)].count("\n") + 1
