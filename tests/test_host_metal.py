@@ -163,7 +163,8 @@ def test_literals_are_float_and_integers_have_metals_sizes():
     body = """
         out[0] = sizeof(0.1); out[1] = sizeof(long); out[2] = sizeof(half);
         out[3] = sizeof(float3); out[4] = sizeof(packed_float3); out[6] = sizeof(uint3);
-        out[5] = char(-1) < 0; out[7] = ushort(65535) + 1; out[8] = clz(1u); out[9] = ctz(8); out[10] = popcount(7u);
+        out[5] = char(-1) < 0; out[7] = ushort(65535) + 1; out[8] = clz(1u);
+        out[9] = ctz(8); out[10] = popcount(7u);
     """
     out = run(body, [mx.zeros(1)], (11,), mx.int32)
     assert out.tolist() == [4, 8, 2, 16, 12, 1, 16, 65536, 31, 3, 3]

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "abi.h"
+#include "attributes.h"
 #include "fault.h"
 #include "fiber.h"
 #include "memory.h"
@@ -183,45 +184,6 @@ static void shuffle_simdgroups() {
 
 // ---------------------------------------------------------------- threadgroups
 
-struct Triple {
-  unsigned v[3];
-};
-
-static Triple unravel(uint64_t index, const unsigned extent[3]) {
-  return {{(unsigned)(index % extent[0]), (unsigned)(index / extent[0] % extent[1]),
-           (unsigned)(index / extent[0] / extent[1])}};
-}
-
-static unsigned groups_of(unsigned threads_wanted, unsigned width) {
-  return (threads_wanted + width - 1) / width;
-}
-
-static Attributes attributes_of(unsigned id, const Triple& group, const unsigned size[3]) {
-  Attributes a = {};
-  Triple place = unravel(id, size);
-  const unsigned *grid = launch->grid, *full = launch->threadgroup;
-  for (int i = 0; i < 3; i++) {
-    a.thread_position_in_threadgroup[i] = place.v[i];
-    a.threadgroup_position_in_grid[i] = group.v[i];
-    a.thread_position_in_grid[i] = group.v[i] * full[i] + place.v[i];
-    a.threads_per_threadgroup[i] = size[i];
-    a.dispatch_threads_per_threadgroup[i] = full[i];
-    a.threads_per_grid[i] = a.grid_size[i] = grid[i];
-    a.threadgroups_per_grid[i] = groups_of(grid[i], full[i]);
-  }
-  a.thread_index_in_threadgroup = id;
-  a.thread_index_in_simdgroup = id % SIMD_WIDTH;
-  a.thread_index_in_quadgroup = id % 4;
-  a.simdgroup_index_in_threadgroup = id / SIMD_WIDTH;
-  a.quadgroup_index_in_threadgroup = id / 4;
-  a.simdgroups_per_threadgroup = simdgroup_count;
-  a.quadgroups_per_threadgroup = groups_of(thread_count, 4);
-  a.dispatch_simdgroups_per_threadgroup = groups_of(full[0] * full[1] * full[2], SIMD_WIDTH);
-  a.dispatch_quadgroups_per_threadgroup = groups_of(full[0] * full[1] * full[2], 4);
-  a.threads_per_simdgroup = a.thread_execution_width = SIMD_WIDTH;
-  return a;
-}
-
 static void run_threadgroup(uint64_t index, const Triple& group) {
   unsigned size[3];
   for (int i = 0; i < 3; i++) {
@@ -244,7 +206,7 @@ static void run_threadgroup(uint64_t index, const Triple& group) {
     t.lane = id % SIMD_WIDTH;
     t.state = State::ready;
     t.site = Site{"", 0};
-    t.attributes = attributes_of(id, group, size);
+    t.attributes = attributes_of(*launch, group, size, id);
     char* low = stack_of(id);
     start_fiber(t.fiber, low, low + STACK_BYTES - 4096, thread_main);
   }
