@@ -100,13 +100,27 @@ MATH = {
     "precise::tanh(x)": np.tanh,
     "floor(x)": np.floor,
     "ceil(x)": np.ceil,
+    "tan(x)": np.tan,
+    "trunc(x)": np.trunc,
+    "round(x)": lambda x: np.floor(x + 0.5),
+    "rint(x)": np.round,
+    "fabs(-x)": np.abs,
     "abs(-x)": np.abs,
+    "saturate(x)": lambda x: np.clip(x, 0, 1),
+    "fmod(x, T(0.5f))": lambda x: np.fmod(x, 0.5),
+    "copysign(x, -x)": lambda x: -x,
+    "divide(x, T(2.0f))": lambda x: x / 2,
+    "fmax(x, numeric_limits<T>::quiet_NaN())": lambda x: x,
+    "fmin(x, numeric_limits<T>::infinity())": lambda x: x,
+    "mix(x, T(2.0f), T(0.5f))": lambda x: x + (2 - x) * 0.5,
     "pow(x, x)": lambda x: x**x,
     "fma(x, x, x)": lambda x: x * x + x,
     "max(x, T(1.0f))": lambda x: np.maximum(x, 1),
     "min(x, T(1.0f))": lambda x: np.minimum(x, 1),
     "clamp(x, T(0.75f), T(1.25f))": lambda x: np.clip(x, 0.75, 1.25),
     "select(x, -x, x > T(1.0f))": lambda x: np.where(x > 1, -x, x),
+    "T(isfinite(x))": np.ones_like,
+    "T(signbit(-x))": np.ones_like,
     "T(metal::isinf(x / T(0.0f)))": np.ones_like,
     "T(isnan(numeric_limits<T>::quiet_NaN()))": np.ones_like,
     "T(-INFINITY) < numeric_limits<T>::lowest() ? x : T(0.0f)": lambda x: x,
@@ -163,11 +177,12 @@ def test_literals_are_float_and_integers_have_metals_sizes():
     body = """
         out[0] = sizeof(0.1); out[1] = sizeof(long); out[2] = sizeof(half);
         out[3] = sizeof(float3); out[4] = sizeof(packed_float3); out[6] = sizeof(uint3);
-        out[5] = char(-1) < 0; out[7] = ushort(65535) + 1; out[8] = clz(1u);
+        out[5] = char(-1) < 0; out[11] = abs(-5) + clamp(9, 2, 4) + max(2u, 3u) + min(1l, 2l);
+        out[7] = ushort(65535) + 1; out[8] = clz(1u);
         out[9] = ctz(8); out[10] = popcount(7u);
     """
-    out = run(body, [mx.zeros(1)], (11,), mx.int32)
-    assert out.tolist() == [4, 8, 2, 16, 12, 1, 16, 65536, 31, 3, 3]
+    out = run(body, [mx.zeros(1)], (12,), mx.int32)
+    assert out.tolist() == [4, 8, 2, 16, 12, 1, 16, 65536, 31, 3, 3, 13]
 
 
 def test_vectors():

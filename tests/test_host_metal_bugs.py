@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from host_metal import RunError
+from host_metal import RunError, metal_kernel
 from host_metal.examples import HEADER, SOURCE, Planted, rms_norm_kernel, run_rms_norm
 
 X = mx.random.normal((3, 256), key=mx.random.key(0))
@@ -151,3 +151,47 @@ def test_a_race_is_found_in_every_schedule(seed):
     planted = RUN_TIME["memory used again without a barrier"]
     with pytest.raises(RunError, match="race"):
         run_rms_norm(rms_norm_kernel(planted.text(SOURCE)), X, WEIGHT, seed=seed)
+
+
+SWAP = """
+    uint t = thread_index_in_threadgroup;
+    threadgroup float s[64];
+    s[t] = a[t];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    float other = s[t ^ DISTANCE];
+    BARRIER;
+    s[t] = other;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[t] = s[t];
+"""
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("distance", "barrier", "flag", "orders"),
+    [
+        (1, "simdgroup_barrier", "threadgroup", True),
+        (1, "simdgroup_barrier", "none", False),
+        (1, "simdgroup_barrier", "device", False),
+        (33, "simdgroup_barrier", "threadgroup", False),
+        (33, "threadgroup_barrier", "threadgroup", True),
+        (33, "threadgroup_barrier", "none", False),
+    ],
+)
+def test_a_write_after_reads_needs_a_barrier(distance, barrier, flag, orders, seed):
+    source = SWAP.replace("BARRIER", f"{barrier}(mem_flags::mem_{flag})")
+    kernel = metal_kernel("swap", ["a"], ["out"], source.replace("DISTANCE", str(distance)))
+    x = mx.arange(64).astype(mx.float32)
+    launch = {"grid": (64, 1, 1), "threadgroup": (64, 1, 1), "seed": seed}
+    output = {"output_shapes": [(64,)], "output_dtypes": [mx.float32]}
+    if orders:
+        (out,) = kernel(inputs=[x], **launch, **output)
+        assert out.tolist() == [i ^ distance for i in range(64)]
+        return
+    with pytest.raises(RunError) as caught:
+        kernel(inputs=[x], **launch, **output)
+    assert caught.value.kind == "race"
+    assert caught.value.where in ("swap.metal:6", "swap.metal:8")
+    if barrier == "threadgroup_barrier" or distance == 1:  # all have read before one writes
+        assert caught.value.where == "swap.metal:8"
+        assert "after a read" in caught.value.message

@@ -19,7 +19,7 @@ struct Cell;  // see order.h
 struct Region {
   uintptr_t base = 0;
   uint64_t bytes = 0;
-  unsigned granule = 1;  // bytes that one shadow cell stands for
+  unsigned granule = 1;  // bytes that one shadow cell stands for, a power of two
   Space space = Space::input;
   const char* name = "";
   Cell* cells = nullptr;
