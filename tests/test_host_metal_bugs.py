@@ -60,6 +60,9 @@ RUN_TIME = {
     "simd operation that all but one lane skip": Planted(
         "simd-divergence", "rms[row] = scale", "rms[row] = simd_max(scale)"
     ),
+    "simd operation after an early return": Planted(
+        "simd-divergence", SUM, f"lane == 5 ? 0 : {SUM}; if (lane == 5) return"
+    ),
     "two simd operations in two branches": Planted(
         "simd-divergence", SUM, "lane < 16 ? simd_sum(1.0f) : simd_max(1.0f)"
     ),

@@ -30,7 +30,7 @@ struct Thread {
 // Bit l of each mask is lane l.
 struct Simdgroup {
   unsigned size;
-  uint32_t all, ready, waiting, returned;
+  uint32_t all, ready, waiting;
   const char* operation;
   Site site;
   // A quick lane may leave its next operand while a slow one still reads the last results.
@@ -104,8 +104,9 @@ static void wait_for_others() {
     unsigned next = order_of_simdgroups[(mine + k) % simdgroup_count];
     if (simdgroups[next].ready) return resume(first_ready(next));
   }
-  // Unreachable: a rendezvous that cannot complete is reported by whoever makes it so.
-  fault_at(running->site, "barrier-divergence", "no thread can go on");
+  // Nobody is ready: all that have not returned wait at a barrier.
+  fault_at(barrier.site, "barrier-divergence", "%u of %u threads wait at this barrier, the others "
+           "have returned", barrier.waiting, thread_count);
 }
 
 // ---------------------------------------------------------------- simd operations
@@ -135,7 +136,6 @@ static bool arrive(const char* operation, Site site) {
   g.waiting |= 1u << t.lane;
   g.ready &= ~(1u << t.lane);
   t.state = State::in_simd;
-  if (g.returned) fault_simd_divergence(g, t.simdgroup);
   return g.waiting == g.all;
 }
 
@@ -152,15 +152,9 @@ static void release(Simdgroup& g, unsigned simdgroup) {
 static void thread_main() {
   hm_kernel(launch->buffers, running->attributes);
   Thread& t = *running;
-  Simdgroup& g = simdgroups[t.simdgroup];
   t.state = State::returned;
-  g.ready &= ~(1u << t.lane);
-  g.returned |= 1u << t.lane;
+  simdgroups[t.simdgroup].ready &= ~(1u << t.lane);
   returned_count++;
-  if (g.waiting) fault_simd_divergence(g, t.simdgroup);
-  if (barrier.waiting)
-    fault_at(barrier.site, "barrier-divergence", "thread %u has returned while %u of %u threads "
-             "wait at this barrier", t.id, barrier.waiting, thread_count);
   if (returned_count == thread_count) switch_fiber(t.fiber, host);
   wait_for_others();
 }
@@ -170,7 +164,7 @@ static void make_simdgroup(unsigned index) {
   unsigned left = thread_count - index * SIMD_WIDTH;
   g.size = left < SIMD_WIDTH ? left : SIMD_WIDTH;
   g.all = g.ready = g.size == SIMD_WIDTH ? ~0u : (1u << g.size) - 1;
-  g.waiting = g.returned = g.turn = 0;
+  g.waiting = g.turn = 0;
   order_of_simdgroups[index] = index;
 }
 
@@ -266,9 +260,6 @@ void hm_threadgroup_barrier(unsigned flags, Site site) {
   if (barrier.waiting && barrier.site.line != site.line)
     fault_at(site, "barrier-divergence", "thread %u is at this barrier while %u threads wait at "
              "the one of line %d", t.id, barrier.waiting, barrier.site.line);
-  if (returned_count)
-    fault_at(site, "barrier-divergence", "%u of %u threads have returned before this barrier",
-             returned_count, thread_count);
   barrier.site = site;
   t.state = State::at_barrier;
   simdgroups[t.simdgroup].ready &= ~(1u << t.lane);
