@@ -159,7 +159,7 @@ class HostKernel:
             [min(t, g) for t, g in zip(threadgroup, grid, strict=True)],
             [*buffers, *outputs],
             replace(self._options, **run_options),
-            self._first_lines(traced),
+            self._first_mention,
         )
         return [
             _as_array(buffer.data, shape, dtype)
@@ -194,21 +194,12 @@ class HostKernel:
                     out.append(Buffer(name + suffix, "input", np.array(values, dtype)))
         return out
 
-    def _first_lines(self, traced: Traced) -> dict[str, Place]:
-        """The first line of the body that mentions each buffer."""
+    def _first_mention(self, name: str) -> Place:
+        """The first line of the body that mentions a buffer."""
         lines = without_comments(self._marked_source).split("\n")
         origin = places(self._marked_source)
-        return {
-            parameter.name: next(
-                (
-                    place
-                    for place, line in zip(origin, lines, strict=True)
-                    if re.search(rf"\b{parameter.name}\b", line)
-                ),
-                origin[0],
-            )
-            for parameter in traced.buffers
-        }
+        mentions = [i for i, line in enumerate(lines) if re.search(rf"\b{name}\b", line)]
+        return origin[mentions[0] if mentions else 0]
 
 
 def _memory_of(array: mx.array, contiguous: bool) -> tuple[np.ndarray, list[int]]:

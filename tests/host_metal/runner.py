@@ -7,7 +7,7 @@ test. See cpp/runtime/main.cpp for the other side.
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def run(
     threadgroup: Sequence[int],
     buffers: Sequence[Buffer],
     options: Options,
-    first_lines: dict[str, Place],
+    first_mention: Callable[[str], Place],
 ) -> Report:
     """Run a kernel; outputs are written into their buffers.
 
@@ -102,7 +102,7 @@ def run(
         threadgroup: Threads of one threadgroup.
         buffers: In binding order.
         options: How to run.
-        first_lines: Where the text mentions a buffer first, for mistakes that are in no line.
+        first_mention: Where the text first names a buffer, for mistakes that are in no line.
 
     Raises:
         RunError: The kernel did something that a GPU does not allow or define.
@@ -116,7 +116,7 @@ def run(
         job = _job(grid, threadgroup, buffers, offsets, options)
         command = [str(runner), file.name]
         result = subprocess.run(command, input=job, capture_output=True, text=True)
-        report = _read(result, runner, first_lines)
+        report = _read(result, runner, first_mention)
         for buffer, offset in zip(buffers, offsets, strict=False):
             if buffer.kind != "input":
                 buffer.data.view(np.uint8)[:] = memory[offset : offset + buffer.data.nbytes]
@@ -143,13 +143,13 @@ def _job(
 
 
 def _read(
-    result: subprocess.CompletedProcess[str], runner: Path, first_lines: dict[str, Place]
+    result: subprocess.CompletedProcess[str], runner: Path, first_mention: Callable[[str], Place]
 ) -> Report:
     report, done = Report(), False
     for line in result.stdout.splitlines():
         match line.split("\t"):
             case ["fault", *fields]:
-                raise _run_error(fields, runner, first_lines)
+                raise _run_error(fields, runner, first_mention)
             case ["buffer", name, loaded, stored, distinct]:
                 report.buffers[name] = Traffic(int(loaded), int(stored), int(distinct))
             case ["simd", name, count]:
@@ -163,10 +163,13 @@ def _read(
     return report
 
 
-def _run_error(fields: list[str], runner: Path, first_lines: dict[str, Place]) -> RunError:
+def _run_error(fields: list[str], runner: Path, first_mention: Callable[[str], Place]) -> RunError:
     kind, file, line, address, thread, threadgroup, message = fields
-    place = first_lines.get(file) if line == "0" else Place(os.path.basename(file), int(line))
     if int(address, 16):
-        place = place_of_address(runner, int(address, 16)) or place
+        place = place_of_address(runner, int(address, 16))
+    elif line == "0":  # a buffer's name stands in for a file
+        place = first_mention(file)
+    else:
+        place = Place(os.path.basename(file), int(line))
     who = f" (thread {thread} of threadgroup {threadgroup})" if thread != "-1" else ""
     return RunError(kind, str(place or "?"), message + who)
