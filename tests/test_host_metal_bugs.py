@@ -103,7 +103,8 @@ RUN_TIME = {
     ),
     "endless loop": Planted("timeout", READ, f"{READ} * 0.5f; i -= 1", "; ++i"),
     "division by zero": Planted("undefined", "total / D", "total / (D / int(row))"),
-    "overflow of an index": Planted("undefined", "/ D + eps", "/ ((D + int(row)) << 28) + eps"),
+    "overflow of a product": Planted("undefined", "/ D +", "/ ((D + int(row)) * 0x1000000) +"),
+    "overflow of a shift": Planted("undefined", "/ D +", "/ ((D + int(row)) << 28) +"),
 }  # fmt: skip
 
 
