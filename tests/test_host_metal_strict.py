@@ -83,6 +83,7 @@ def test_float_becomes_bfloat_only_by_a_cast():
     run_rms_norm(kernel, X.astype(mx.float16), X[0].astype(mx.float16))
     with pytest.raises(TextError) as caught:
         run_rms_norm(kernel, X.astype(mx.bfloat16), X[0].astype(mx.bfloat16))
+    assert caught.value.kind == "strict"
     assert caught.value.where == f"rms_norm.metal:{planted.line(SOURCE)}"
 
 
