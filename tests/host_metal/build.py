@@ -72,7 +72,7 @@ def _target_flags() -> tuple[str, ...]:
 
 @functools.cache
 def _headers_stamp() -> str:
-    digest = hashlib.sha256(os.environ.get(_UCONTEXT, "").encode())
+    digest = hashlib.sha256()
     for path in sorted(CPP.rglob("*.*")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -122,7 +122,8 @@ def build_runner(unit: str) -> Path:
         TextError: Kernel text does not compile; names its first wrong line.
     """
     flags = [*_KERNEL_FLAGS, *_target_flags(), f"-I{CPP}"]
-    target = cache_folder() / f"kernel-{key_of(unit, compiler(), *flags)}"
+    portable = os.environ.get(_UCONTEXT, "")
+    target = cache_folder() / f"kernel-{key_of(unit, compiler(), *flags, portable)}"
     if target.exists():
         return target
     object_ = target.with_suffix(".o")
