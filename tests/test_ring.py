@@ -130,6 +130,10 @@ def check_block(layout: Layout, block: Block, positions: dict[int, int]) -> None
     assert all(row == rows[token] for token, (row, _, _) in keys.items())
     assert [row for row, _, _ in keys.values()] == sorted(row for row, _, _ in keys.values())
     assert all(is_sink == (token < S) for token, (_, _, is_sink) in keys.items())
+    pieces = [(row, span.turn) for span in block.spans for row in range(span.start, span.stop)]
+    assert pieces == [(row, turn) for row, turn, _ in keys.values()]
+    assert block.turns == {turn for _, turn in pieces}
+    assert block.n == len(queries)
     turns = {turn: layout.turns(turn) for turn in Turn}
     met: set[int] = set()
     everything = True
