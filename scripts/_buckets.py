@@ -21,7 +21,7 @@ NAMES = {
 STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#999999"},
     "rotating": {"color": "#d55e00"},
-    "window": {"color": "#56b4e9", "linestyle": "--"},
+    "window": {"color": "#0072b2", "linestyle": ":", "zorder": 2.5},
     "recompute": {
         "color": "#000000",
         "linestyle": "",
@@ -29,7 +29,7 @@ STYLES: dict[str, dict[str, Any]] = {
         "markersize": 4,
         "zorder": 3,
     },
-    "ours": {"color": "#009e73", "linewidth": 2.2},
+    "ours": {"color": "#009e73", "linewidth": 3},
 }
 
 
