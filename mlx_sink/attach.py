@@ -138,9 +138,11 @@ def _rotations(model: nn.Module, config: SinkConfig) -> list[Rotation]:
         attention = _attention(layer)
         rope = cast("Rope | None", getattr(attention, "rope", None))
         rotation = Rotation.of(rope)
-        key: object = (type(rope), rotation.interleaved, rotation.frequencies.tobytes())
+        head_dim = _head_dim(attention)
+        angles = rotation.interleaved, rotation.frequencies.tobytes()
+        key: object = (type(rope), head_dim, *angles)
         if key not in shared:
-            rotation.check(rope, _head_dim(attention), 2 * config.epoch_length)
+            rotation.check(rope, head_dim, 2 * config.epoch_length)
             shared[key] = rotation
         rotations.append(shared[key])
     return rotations

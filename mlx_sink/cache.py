@@ -130,11 +130,15 @@ class SinkCache:
         raise CacheError(f"a sink ring cannot be quantised: leave kv_bits ({bits}) out")
 
     def is_trimmable(self) -> bool:
-        """True while nothing has been evicted."""
-        return self.ring.tokens <= self.ring.capacity
+        """False: tokens can be taken back only until the first eviction.
+
+        mlx-lm asks once, before it starts to draft tokens, and ignores a refusal later. So this
+        says no from the start, and its speculative decoding refuses such a cache in one line.
+        """
+        return False
 
     def trim(self, n: int) -> int:
-        """Take back the newest ``n`` tokens.
+        """Take back the newest ``n`` tokens, exactly, while nothing has been evicted.
 
         Raises:
             CacheError: Tokens have been evicted, so the result would be wrong.
@@ -158,7 +162,10 @@ class SinkCache:
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """The arrays and the integers of the ring, in the form mlx-lm evaluates and copies."""
+        """The arrays and the integers of the ring, in the form mlx-lm evaluates and copies.
+
+        The arrays are the live ones, which later tokens are written into: copy them to keep them.
+        """
         ring = self.ring
         integers = (ring.num_sinks, ring.window, ring.epoch)
         return self.keys, self.values, *integers, ring.tokens, ring.start, ring.previous

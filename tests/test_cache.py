@@ -7,7 +7,6 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tiny import build, every, mixed, random_tokens, run
 
 from mlx_sink import CacheError, SinkConfig, attach
@@ -86,7 +85,6 @@ def test_an_empty_cache():
     cache = empty()
     assert cache.empty()
     assert (cache.tokens, cache.offset, cache.size(), cache.nbytes) == (0, 0, 0, 0)
-    assert cache.is_trimmable()
     assert cache.trim(3) == 0
     feed(cache, 1)
     assert not cache.empty()
@@ -138,15 +136,14 @@ def test_masks():
 @pytest.mark.parametrize("lengths", [1, 7])
 @pytest.mark.parametrize("n", [1, 3, 7])
 def test_trimmed_tokens_leave_no_trace(epoch: int | None, lengths: int, n: int):
-    """Speculative decoding takes rejected tokens back: what follows must be as if never read."""
+    """What follows must be as if the tokens taken back had never been read."""
     model, config = build("llama", layers=2), SinkConfig(2, 5, epoch=epoch)
     attach(model, config)
     wrong, right = random_tokens(7, seed=1), random_tokens(30, seed=2)
     right[:, : 7 - n] = wrong[:, : 7 - n]
     caches = model.make_cache()
     run(model, wrong, caches, every(lengths))
-    assert can_trim_prompt_cache(caches)
-    assert trim_prompt_cache(caches, n) == n
+    assert all(cache.trim(n) == n for cache in caches)
     ours = run(model, right[:, 7 - n :], caches, mixed(2, 1))
     fresh = run(model, right, model.make_cache(), every(1))[:, 7 - n :]
     np.testing.assert_allclose(ours, fresh, atol=2e-5)
@@ -162,10 +159,7 @@ def test_trim_takes_at_most_what_is_there():
 def test_nothing_comes_back_after_an_eviction():
     cache = empty()
     feed(cache, CONFIG.capacity)
-    assert cache.is_trimmable()
     feed(cache, 1)
-    assert not cache.is_trimmable()
-    assert not can_trim_prompt_cache([cache])
     with pytest.raises(CacheError, match="1 tokens have been evicted"):
         cache.trim(1)
     assert cache.tokens == CONFIG.capacity + 1
