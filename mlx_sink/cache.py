@@ -57,7 +57,7 @@ class SinkCache:
         Raises:
             CacheError: The rows of the call before were never attended to.
         """
-        if self.is_pending:
+        if self._pending is not None:
             raise CacheError(
                 "the model does not attend through mlx_sink: "
                 "keys were fetched twice without an attention call between"
@@ -89,8 +89,9 @@ class SinkCache:
                 slice(c.target, c.target + c.length),
                 slice(c.source, c.source + c.length),
             )
-            self.keys[:, :, target] = keys[:, :, source]
-            self.values[:, :, target] = values[:, :, source]
+            whole = c.length == layout.n
+            self.keys[:, :, target] = keys if whole else keys[:, :, source]
+            self.values[:, :, target] = values if whole else values[:, :, source]
         return self.keys, self.values
 
     @property

@@ -103,10 +103,10 @@ class Ring:
 
     def advanced(self, n: int) -> Ring:
         """Return the state after ``n`` more tokens, in a new epoch if this one is over."""
-        tokens = self.tokens + n
-        if tokens - self.start >= self.epoch:
-            return replace(self, tokens=tokens, start=tokens, previous=self.start)
-        return replace(self, tokens=tokens)
+        tokens, start, previous = self.tokens + n, self.start, self.previous
+        if tokens - start >= self.epoch:
+            start, previous = tokens, start
+        return Ring(self.num_sinks, self.window, self.epoch, tokens, start, previous)
 
     def trimmed(self, n: int) -> Ring:
         """Return the state with the newest ``n`` tokens taken back.

@@ -101,15 +101,17 @@ class Rotation:
     def _matrix(self, position: int, head_dim: int) -> mx.array:
         """Return the rotation as a matrix for rows, ``[head_dim, head_dim]`` in float32."""
         angles = position * self.frequencies
-        pairs = np.arange(len(angles))
-        if self.interleaved:
-            first, second = 2 * pairs, 2 * pairs + 1
-        else:
-            first, second = pairs, pairs + len(angles)
-        matrix = np.eye(head_dim, dtype=np.float32)
-        matrix[first, first] = matrix[second, second] = np.cos(angles)
-        matrix[first, second] = np.sin(angles)
-        matrix[second, first] = -matrix[first, second]
+        cos, sin = np.cos(angles), np.sin(angles)
+        matrix = np.zeros((head_dim, head_dim), np.float32)
+        diagonal = matrix.ravel()[:: head_dim + 1]
+        diagonal[self.dims :] = 1
+        step = 1 if self.interleaved else self.dims // 2
+        first = slice(0, self.dims, 2) if self.interleaved else slice(0, step)
+        second = slice(first.start + step, self.dims, first.step)
+        diagonal[first] = diagonal[second] = cos
+        # Beside the diagonal, a pair's distance away, rows and columns are exchanged.
+        matrix.ravel()[step :: head_dim + 1][first] = sin
+        matrix.ravel()[step * head_dim :: head_dim + 1][first] = -sin
         return mx.array(matrix)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotation:
