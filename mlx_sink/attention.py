@@ -5,6 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_sink import reference
+from mlx_sink.kernels import selfcheck
+from mlx_sink.kernels.decode import decode, tables_of
 from mlx_sink.ring import Block, Layout, Turn, blocks_of
 from mlx_sink.rope import Rotation
 
@@ -45,7 +47,9 @@ def sink_attention(
         ``[B, n_heads, L, v_head_dim]``.
 
     Rule: where no key of a block needs a turn (before the first wrap, without sinks, or in a
-    layer without positions), MLX's fused attention; elsewhere `reference.attend`.
+    layer without positions), MLX's fused attention; elsewhere, for a single new token, the Metal
+    kernel `kernels.decode` if this machine has Metal and the kernel has passed its check there
+    (`kernels.selfcheck`); for everything else `reference.attend`.
     """
     turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window
@@ -64,6 +68,9 @@ def sink_attention(
         if rotation.is_identity or block.turns == STILL:
             q = queries if block.n == layout.n else queries[:, :, rows]
             return reference.attend_fused(q, keys, values, block, window, scale)
+        if layout.n == 1 and selfcheck.serves(queries, keys, values, rotation):
+            tables = tables_of(layout, block, rotation)
+            return decode(queries, keys, values, tables, scale=scale)
         qs = {turn: under(turn) for turn in block.turns}
         if block.n < layout.n:
             qs = {turn: q[:, :, rows] for turn, q in qs.items()}

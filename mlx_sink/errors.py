@@ -30,3 +30,7 @@ class UnsupportedModelError(SinkError):
 
 class CacheError(SinkError):
     """A cache was used in a way that would give wrong results."""
+
+
+class KernelError(SinkError):
+    """A kernel was called with arrays that it cannot serve."""

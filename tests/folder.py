@@ -56,7 +56,8 @@ def make_folder(path: Path, *, chat: bool = False, **options: Any) -> Path:
         **options,
     }
     (path / "config.json").write_text(json.dumps(config))
-    model = build("llama", layers=2, vocab_size=config["vocab_size"])
+    own = {name: options[name] for name in ("head_dim",) if name in options}
+    model = build("llama", layers=2, vocab_size=config["vocab_size"], **own)
     mx.save_safetensors(
         str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
     )

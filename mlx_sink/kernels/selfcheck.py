@@ -1,0 +1,274 @@
+"""A kernel is trusted on a machine after it has matched the plain operations there.
+
+At first use of a specialisation the kernel runs once on random data whose ring has wrapped and
+spans two epochs, and is compared with `reference`, worked out on the CPU. That takes a few
+milliseconds; the verdict is kept in a file, for this GPU, system, MLX and kernel text.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from mlx_sink import reference
+from mlx_sink.errors import ConfigError, KernelError
+from mlx_sink.kernels import decode, source
+from mlx_sink.ring import Layout, Ring, Turn, layout_of
+from mlx_sink.rope import Rotation
+
+SWITCH = "MLX_SINK_KERNEL"
+"""``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and
+cannot. ``off``: plain operations serve everywhere."""
+FOLDER = "MLX_SINK_CACHE"
+"""Where verdicts are kept, if not in the user's cache folder."""
+
+TOLERANCES = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 2e-2}
+"""Largest error in units of the largest output: rounding of the result, and fast::exp2."""
+
+_RINGS = (
+    Ring(num_sinks=4, window=203, epoch=1000, tokens=741),
+    Ring(num_sinks=4, window=203, epoch=300, tokens=660, start=600, previous=300),
+)
+"""One ring has wrapped in its first epoch; the window of the other spans two epochs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Specialisation:
+    """What MLX compiles a kernel of its own for."""
+
+    dtype: mx.Dtype
+    group: int
+    head_dim: int
+    v_head_dim: int
+    n: int
+    rotated: int
+    interleaved: bool
+
+    @property
+    def name(self) -> str:
+        """One word that tells it from all others."""
+        dtype = str(self.dtype).rpartition(".")[2]
+        pairs = "interleaved" if self.interleaved else "halves"
+        dims = f"d{self.head_dim}" + (
+            "" if self.v_head_dim == self.head_dim else f"v{self.v_head_dim}"
+        )
+        return f"decode-{dtype}-{dims}-gqa{self.group}-n{self.n}-rope{self.rotated}-{pairs}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of a check.
+
+    Attributes:
+        passed: The kernel may serve.
+        error: Largest error in units of the largest output; None if nothing could be compared.
+        reason: Why it may not serve, or empty.
+    """
+
+    passed: bool
+    error: float | None
+    reason: str
+
+
+def serves(queries: mx.array, keys: mx.array, values: mx.array, rotation: Rotation) -> bool:
+    """Tell whether the decode kernel serves a call, checking it at the first of its kind.
+
+    Args:
+        queries: ``[B, n_heads, L, head_dim]``.
+        keys: ``[B, n_kv_heads, rows, head_dim]``.
+        values: ``[B, n_kv_heads, rows, v_head_dim]``.
+        rotation: The layer's rotary embedding.
+
+    Raises:
+        KernelError: `SWITCH` is ``on``, and there is no Metal or the check failed.
+        ConfigError: `SWITCH` is none of its three words.
+    """
+    if not is_wanted() or mx.default_device() != source.device():
+        return False
+    dtype, (_, H, n, D), n_kv = queries.dtype, queries.shape, keys.shape[1]
+    if D % 16 or values.shape[3] % 16 or 16 * n_kv < H:
+        return False
+    if dtype not in decode.DTYPES or keys.dtype != dtype or values.dtype != dtype:
+        return False
+    return _is_trusted(
+        Specialisation(
+            *(dtype, H // n_kv, D, values.shape[3], n, rotation.dims, rotation.interleaved)
+        )
+    )
+
+
+@functools.cache
+def is_wanted() -> bool:
+    """Tell whether kernels are to be used at all: settled once, at the first decode step."""
+    mode = os.environ.get(SWITCH, "auto")
+    if mode not in ("auto", "on", "off"):
+        raise ConfigError(f"{SWITCH} must be auto, on or off, got {mode!r}")
+    if mode == "on" and not source.is_available():
+        raise KernelError(f"{SWITCH} is on, but MLX has no Metal on this machine")
+    return mode != "off" and source.is_available()
+
+
+@functools.cache
+def _is_trusted(spec: Specialisation) -> bool:
+    """Return the verdict's word; say once why a kernel does not serve."""
+    verdict = verdict_of(spec)
+    if verdict.passed:
+        return True
+    message = f"the Metal kernel {spec.name} is not used on this machine: {verdict.reason}"
+    if os.environ.get(SWITCH) == "on":
+        raise KernelError(message)
+    warnings.warn(
+        f"{message}. Results stay right, decoding is slower. Please report this with the output "
+        "of `python -m mlx_sink.doctor`.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def verdict_of(spec: Specialisation) -> Verdict:
+    """Return the verdict on a specialisation on this machine: the one kept, or a new one."""
+    path = folder() / f"{_key(spec)}.json"
+    verdict = _read(path)
+    if verdict is None:
+        verdict = check(spec)
+        _write(path, spec, verdict)
+    return verdict
+
+
+def check(spec: Specialisation) -> Verdict:
+    """Run a specialisation, with one split and with several, and compare it with `reference`."""
+    random = mx.random.key(0)
+    heads, rows, B = 2, max(ring.capacity for ring in _RINGS) + spec.n, len(_RINGS)
+    shapes = (
+        (B, heads * spec.group, spec.n, spec.head_dim),
+        (B, heads, rows, spec.head_dim),
+        (B, heads, rows, spec.v_head_dim),
+    )
+    keys = mx.random.split(random, 3)
+    q, k, v = (
+        mx.random.normal(shape, key=key, stream=mx.cpu).astype(spec.dtype, stream=mx.cpu)
+        for shape, key in zip(shapes, keys, strict=True)
+    )
+    rotation = _rotation(spec)
+    layouts = [layout_of(ring, spec.n) for ring in _RINGS]
+    tables = decode.Tables.stack(
+        [decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation) for a in layouts]
+    )
+    scale = 2.0 * spec.head_dim**-0.5
+    error = 0.0
+    try:
+        wanted = _wanted(q, k, v, layouts, rotation, scale)
+        for splits in (1, 3):
+            out = decode.decode(q, k, v, tables, scale=scale, splits=splits)
+            error = max(error, _error(out, wanted))
+    except (RuntimeError, ValueError) as failure:
+        lines = [line for line in str(failure).splitlines() if line.strip()]
+        return Verdict(False, None, f"it failed to run ({' '.join(lines[:3])[:300]})")
+    if not error <= TOLERANCES[spec.dtype]:
+        return Verdict(False, error, f"its results are off by {error:.2g}")
+    return Verdict(True, error, "")
+
+
+def _rotation(spec: Specialisation) -> Rotation:
+    pairs = spec.rotated // 2
+    frequencies = [100.0 ** -(i / max(pairs, 1)) for i in range(pairs)]
+    return Rotation(frequencies, spec.interleaved)
+
+
+def _wanted(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    layouts: list[Layout],
+    rotation: Rotation,
+    scale: float,
+) -> mx.array:
+    """Work out in float32 and on the CPU, where matrix products are not cut to TF32."""
+    outputs: list[mx.array] = []
+    with mx.stream(mx.cpu):
+        for b, layout in enumerate(layouts):
+            block = layout.block(layout.ring.tokens, layout.end)
+            scaled = q[b : b + 1].astype(mx.float32) * scale
+            # A fresh key: what a model's steps remember is not to be crowded out.
+            queries = {
+                turn: rotation.turn(scaled, layout.turns(turn), key=object()) for turn in Turn
+            }
+            keys, values = (x[b : b + 1].astype(mx.float32) for x in (k, v))
+            window = layout.ring.window
+            outputs.append(reference.attend(queries, keys, values, block, window))
+        return mx.concatenate(outputs)
+
+
+def _error(out: mx.array, wanted: mx.array) -> float:
+    with mx.stream(mx.cpu):
+        off = mx.abs(out.astype(mx.float32) - wanted).max() / mx.abs(wanted).max()
+        return cast("float", off.item())
+
+
+def forget() -> None:
+    """Forget what this process has settled: tests change the machine under it."""
+    decode.forget()
+    is_wanted.cache_clear()
+    _is_trusted.cache_clear()
+
+
+def machine() -> dict[str, str]:
+    """Return what a verdict holds for, apart from the specialisation."""
+    info = mx.device_info(source.device())
+    return {
+        "gpu": str(info.get("device_name", "")),
+        "architecture": str(info.get("architecture", "")),
+        "system": platform.platform(),
+        "mlx": version("mlx"),
+        "text": source.stamp(*decode.TEXTS),
+    }
+
+
+def folder() -> Path:
+    """Return where verdicts are kept."""
+    given = os.environ.get(FOLDER)
+    if given:
+        return Path(given)
+    if platform.system() == "Darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_sink"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_sink"
+
+
+def _key(spec: Specialisation) -> str:
+    parts = json.dumps(machine(), sort_keys=True)
+    return f"{spec.name}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+
+
+def _read(path: Path) -> Verdict | None:
+    """Return a verdict that was kept; a file that cannot be read is as good as none."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Verdict(bool(kept["passed"]), kept["error"], str(kept["reason"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, spec: Specialisation, verdict: Verdict) -> None:
+    """Keep a verdict. The file appears whole or not at all, as processes may check at once."""
+    text = json.dumps({"kernel": spec.name, **machine(), **asdict(verdict)}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, delete=False
+        ) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError:
+        return  # A folder that cannot be written costs a check in every process, no more.

@@ -1,0 +1,297 @@
+"""The decode kernel's text, run on the CPU, against float64.
+
+Every case runs under the runner's checks: races, bounds, uninitialised memory, barriers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import host_metal
+import mlx.core as mx
+import numpy as np
+import pytest
+from decode_case import Arrays, Case, arrays, error, ring_at, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_sink.errors import KernelError
+from mlx_sink.kernels import decode as kernel
+from mlx_sink.kernels import source
+from mlx_sink.ring import Ring
+from mlx_sink.rope import Rotation
+
+TOLERANCES = {mx.float32: 2e-6, mx.float16: 4e-3, mx.bfloat16: 2e-2}
+DTYPES = list(TOLERANCES)
+
+AFTER = (ring_at(4, 23, 71),)
+"""A ring that has wrapped, in its first epoch: the sinks need a turn."""
+SWITCH = (ring_at(4, 23, 65, epoch=30),)
+"""Five tokens into its third epoch: most of the window lies in the second."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_host() -> Iterator[None]:
+    """Build the kernels with the runner in the place of MLX."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx.fast, "metal_kernel", host_metal.metal_kernel)
+        kernel.forget()
+        yield
+    kernel.forget()
+
+
+def check(case: Case) -> Arrays:
+    a = arrays(case)
+    assert error(case, a, run(case, a)) <= TOLERANCES[case.dtype]
+    return a
+
+
+def report() -> host_metal.Report:
+    """What the latest launch of pass 1 did."""
+    built = kernel._pass_1()
+    assert isinstance(built, host_metal.HostKernel)
+    return built.report
+
+
+# head_dim, query heads a kv head, queries: each head_dim once with few rows, once with many.
+SHAPES = [
+    (16, 1, 1), (48, 3, 2), (64, 1, 1), (64, 7, 8), (80, 2, 1), (80, 5, 3), (96, 4, 1),
+    (112, 2, 2), (128, 4, 1), (128, 8, 2), (160, 1, 2), (192, 2, 1), (256, 2, 1), (256, 4, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_head_dims(dtype: mx.Dtype, shape: tuple[int, int, int]):
+    D, G, n = shape
+    check(Case(SWITCH, dtype, D, n_kv=1, group=G, n=n))
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+def test_query_heads_of_a_kv_head(group: int):
+    check(Case(AFTER, mx.float16, 64, group=group, n=1 + group % 8, splits=1 + group % 3))
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("splits", [1, 3])
+def test_queries(n: int, splits: int):
+    check(Case(SWITCH, mx.bfloat16, 32, group=2, n=n, splits=splits))
+
+
+STATES = {
+    "one live key": lambda S: ring_at(S, 23, 0),
+    "before the wrap": lambda S: ring_at(S, 23, S + 11),
+    "at the wrap": lambda S: ring_at(S, 23, S + 22),
+    "first evicted": lambda S: ring_at(S, 23, S + 23),
+    "after the wrap": lambda S: ring_at(S, 23, S + 64),
+    "the epoch has just begun": lambda S: ring_at(S, 23, 3 * (S + 25), epoch=S + 25),
+    "two epochs": lambda S: ring_at(S, 23, 3 * (S + 25) + 9, epoch=S + 25),
+    "endless": lambda S: ring_at(S, 23, (1 << 40) + 5, epoch=1 << 10),
+    "window of one": lambda S: ring_at(S, 1, S + 9),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("S", [0, 1, 4, 100])
+@pytest.mark.parametrize("n", [1, 5])
+def test_states_of_the_ring(state: str, S: int, n: int):
+    """Before, at and after the wrap, over epochs; more splits than keys among them."""
+    splits = 1 if S % 2 else 4
+    check(Case((STATES[state](S),), head_dim=32, n_kv=1, n=n, splits=splits))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sequences_at_different_tokens(n: int, splits: int):
+    rings = tuple(STATES[state](4) for state in ("one live key", "first evicted", "two epochs"))
+    check(Case(rings, head_dim=32, n=n, splits=splits))
+
+
+def test_sequences_that_share_their_tables():
+    """One row of tables serves a batch whose sequences stand at the same token."""
+    one = arrays(Case(SWITCH, n=2))
+    both = Case(SWITCH * 3, n=2)
+    a = arrays(both)
+    shared = Arrays(a.q, a.k, a.v, a.learned, one.tables, a.scale)
+    assert error(both, a, run(both, shared)) <= 2e-6
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("group", [2, 16])
+def test_learned_sinks_and_softcap(splits: int, learned: bool, softcap: float | None, group: int):
+    check(Case(SWITCH, n=3, group=group, splits=splits, learned=learned, softcap=softcap))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("rotated", [0, 2, 24, 64])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_kinds_of_rotation(n: int, rotated: int, interleaved: bool):
+    """Partial rotary, both pairings; a layer without positions has nothing to turn."""
+    check(Case(SWITCH, rotated=rotated, interleaved=interleaved, n=n))
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (64, 80), (16, 128)])
+@pytest.mark.parametrize("group", [1, 12])
+def test_values_of_another_size(dims: tuple[int, int], group: int):
+    check(Case(SWITCH, mx.float16, dims[0], dims[1], n_kv=1, group=group, splits=2))
+
+
+def test_any_number_of_rows():
+    """Rows beyond the last are not stored: 3 simdgroups of 5 rows share out 13."""
+    check(Case(SWITCH, head_dim=192, n_kv=1, group=13))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_large_scores_do_not_overflow(splits: int):
+    """Scores far above 128 overflow exp2 in float32 unless the maximum is taken off first."""
+    case = Case(SWITCH, splits=splits)
+    a = arrays(case)
+    a = Arrays(a.q * 100, a.k, a.v, a.learned, a.tables, a.scale)
+    assert error(case, a, run(case, a)) <= 1e-4
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any ring, with the few specialisations that are compiled anyway."""
+    S, W = draw(st.sampled_from([0, 1, 2, 4, 100])), draw(st.integers(1, 40))
+    epoch = S + W + draw(st.integers(0, 50))
+
+    def ring() -> Ring:
+        return ring_at(S, W, draw(st.integers(0, 3 * epoch)), epoch)
+
+    n = draw(st.sampled_from([1, 5]))
+    rings = tuple(ring() for _ in range(draw(st.integers(1, 2))))
+    splits, seed = draw(st.integers(1, 6)), draw(st.integers(0, 1000))
+    return Case(rings, head_dim=32, n_kv=draw(st.integers(1, 3)), n=n, splits=splits, seed=seed)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_any_ring(case: Case):
+    check(case)
+
+
+@pytest.mark.parametrize("group", [2, 16])
+def test_other_schedules_give_the_same(group: int, monkeypatch: pytest.MonkeyPatch):
+    """Bit by bit: nothing depends on which simdgroup comes first."""
+    case = Case(SWITCH, group=group, n=2, splits=2)
+    a = arrays(case)
+    outs = []
+    for seed in (0, 1, 2):
+        with monkeypatch.context() as patch:
+
+            def made(seed: int = seed, **given: object) -> host_metal.HostKernel:
+                return host_metal.metal_kernel(seed=seed, **given)
+
+            patch.setattr(mx.fast, "metal_kernel", made)
+            kernel.forget()
+            outs.append(np.array(run(case, a)))
+    kernel.forget()
+    np.testing.assert_array_equal(outs[0], outs[1])
+    np.testing.assert_array_equal(outs[0], outs[2])
+
+
+# head_dim, query heads a kv head, queries, simd operations a key and row at most. Tiles of 8 keys
+# need (9 + 3 + 8) / 8; MLX's own kernel has one simd_sum, which is five steps.
+TRAFFIC = [
+    (64, 1, 1, 3.0), (64, 8, 1, 3.0), (64, 16, 1, 3.0), (128, 1, 1, 3.0), (128, 4, 1, 3.0),
+    (128, 8, 1, 3.0), (128, 16, 1, 3.0), (128, 8, 8, 3.0), (256, 8, 1, 3.5), (80, 4, 1, 3.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", TRAFFIC, ids=str)
+def test_bytes(shape: tuple[int, int, int, float], record_property: pytest.RecordProperty):
+    """Each live row is read once for all query heads of its kv head, and nothing else of K, V."""
+    D, G, n, most = shape
+    case = Case((ring_at(4, 300, 999),), mx.float16, D, n_kv=1, group=G, n=n, splits=2)
+    check(case)
+    keys = 304 + n - 1
+    minimum = keys * D * 2
+    found = report()
+    assert found.buffers["k"].loaded <= 1.02 * minimum
+    assert found.buffers["v"].loaded <= 1.02 * minimum
+    operations = found.simd_operations / (keys * G * n)
+    record_property("simd operations a key and row", round(operations, 2))
+    record_property("bytes stored", found.stored)
+    assert operations <= most
+    assert found.stored == 2 * G * n * (D + 2) * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"q": (1, 4, 64)}, "queries must be"),
+        ({"q": (1, 4, 2, 64)}, "queries must have the tables' 1 rows"),
+        ({"q": (1, 5, 1, 64)}, "queries must have 1 to 16 times the 2 kv heads, got 5"),
+        ({"q": (1, 34, 1, 64)}, "queries must have 1 to 16 times"),
+        ({"k": (2, 2, 30, 64)}, "keys must have the queries' batch"),
+        ({"k": (1, 2, 30, 32)}, "keys must have the queries' head_dim of 64, got 32"),
+        ({"k": (1, 2, 26, 64), "v": (1, 2, 26, 64)}, "keys must have the 27 rows"),
+        ({"v": (1, 2, 29, 64)}, "values must have the keys' heads and rows"),
+        ({"v": (1, 2, 30, 60)}, "values must have a head_dim that 16 divides, got 60"),
+        ({"learned": (3,)}, "learned_sinks must be"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[str, tuple[int, ...]], named: str):
+    a = arrays(Case(SWITCH))
+    q, k, v, learned = (
+        mx.zeros(changes[name]) if name in changes else x
+        for name, x in zip(("q", "k", "v", "learned"), (a.q, a.k, a.v, None), strict=True)
+    )
+    with pytest.raises(KernelError, match=named):
+        kernel.decode(q, k, v, a.tables, scale=1.0, learned_sinks=learned)
+
+
+def test_dtypes_that_do_not_fit_are_named():
+    a = arrays(Case(SWITCH))
+    with pytest.raises(KernelError, match=r"keys must be .* got mlx.core.float16"):
+        kernel.decode(a.q, a.k.astype(mx.float16), a.v, a.tables, scale=1.0)
+    with pytest.raises(KernelError, match="splits must be 1 to 1024, got -1"):
+        kernel.decode(a.q, a.k, a.v, a.tables, scale=1.0, splits=-1)
+
+
+def test_at_most_eight_queries():
+    with pytest.raises(KernelError, match="queries must be 1 to 8, got 9"):
+        arrays(Case(AFTER, n=9))
+
+
+def test_an_idle_gpu_gets_more_splits(monkeypatch: pytest.MonkeyPatch):
+    """Threadgroups for every core, but at least 128 keys each."""
+    monkeypatch.setattr(kernel, "_cores", lambda: 12)
+    assert [kernel._splits(live, 8) for live in (1, 128, 129, 1028, 100_000)] == [1, 1, 2, 6, 6]
+
+
+def test_text_is_plain():
+    """MLX hands it over as ASCII, and hashes it at every call: comments would cost time."""
+    for name in kernel.TEXTS:
+        assert "//" not in source.text(name)
+        assert max(len(line) for line in source.text(name).splitlines()) <= 99
+    assert len({source.stamp(name) for name in kernel.TEXTS}) == 3
+
+
+def test_a_call_costs_little_python(monkeypatch: pytest.MonkeyPatch):
+    """All but MLX's own part of the call, which is 2 to 3 us; the fastest of many counts."""
+    a = arrays(Case(SWITCH))
+
+    def launch(**given: object) -> list[mx.array]:
+        return [a.q]
+
+    monkeypatch.setattr(kernel, "_pass_1", lambda: launch)
+    times = []
+    for _ in range(300):
+        start = time.perf_counter()
+        kernel.decode(a.q, a.k, a.v, a.tables, scale=1.0, splits=1)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 17e-6
+
+
+def test_tables_are_made_once_a_step():
+    """All layers of a model ask for the same tables."""
+    case = Case(SWITCH)
+    layout, rotation = case.layouts[0], case.rotation
+    block = layout.block(layout.ring.tokens, layout.end)
+    assert kernel.tables_of(layout, block, rotation) is kernel.tables_of(layout, block, rotation)
+    assert kernel.tables_of(layout, block, Rotation([])) is not None

@@ -1,0 +1,245 @@
+"""When the kernel serves, and when it does not: the switch, the self-check, what is kept of it.
+
+The machine pretends to have Metal, with the runner in the place of MLX's compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import host_metal
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from folder import make_folder
+
+import mlx_sink
+from mlx_sink import SinkConfig, attention
+from mlx_sink.attention import sink_attention
+from mlx_sink.errors import ConfigError, KernelError
+from mlx_sink.generate import main
+from mlx_sink.kernels import selfcheck, source
+from mlx_sink.ring import Ring, layout_of
+from mlx_sink.rope import Rotation
+
+ROTATION = Rotation.of(nn.RoPE(16, base=100.0))
+RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nothing settled before, and verdicts kept in a folder of the test's own."""
+    monkeypatch.delenv(selfcheck.SWITCH, raising=False)
+    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path / "verdicts"))
+    selfcheck.forget()
+    yield
+    selfcheck.forget()
+
+
+class Runner(host_metal.HostKernel):
+    """The runner, whose refusals look like those of MLX."""
+
+    def __call__(self, **launch: Any) -> list[mx.array]:
+        try:
+            return super().__call__(**launch)
+        except host_metal.KernelError as error:
+            raise RuntimeError(
+                f"[metal::Device] Unable to build metal library\n{error}"
+            ) from error
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with Metal, whose GPU is the runner."""
+    monkeypatch.setattr(mx.fast, "metal_kernel", Runner)
+    monkeypatch.setattr(source, "is_available", lambda: True)
+    monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the queries that the kernel served in attention."""
+    served: list[tuple[int, ...]] = []
+    decode = attention.decode
+
+    def counted(queries: mx.array, *rest: Any, **options: Any) -> mx.array:
+        served.append(tuple(queries.shape))
+        return decode(queries, *rest, **options)
+
+    monkeypatch.setattr(attention, "decode", counted)
+    return served
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, good: str, bad: str) -> None:
+    """Put a mistake into the kernel's text."""
+    text = source.text
+
+    def planted(name: str) -> str:
+        return text(name).replace(good, bad)
+
+    assert any(good in text(name) for name in ("decode", "decode_common"))
+    monkeypatch.setattr(source, "text", planted)
+
+
+def attend(n: int = 1, head_dim: int = 16, dtype: mx.Dtype = mx.float32) -> np.ndarray:
+    """One call on a ring that needs both kinds of turns."""
+    layout = layout_of(RING, n)
+    rows = sum(run.length for run in layout.runs)
+    q, k, v = (
+        mx.random.normal((1, heads, length, head_dim), key=mx.random.key(length)).astype(dtype)
+        for heads, length in ((4, n), (2, rows), (2, rows + 1))
+    )
+    # A rotation of its own: what one remembers for a layout is for one head_dim.
+    rotation = Rotation(ROTATION.frequencies)
+    out = sink_attention(q, k, v[:, :, 1:], layout=layout, rotation=rotation, scale=0.5)
+    return np.array(out.astype(mx.float32))
+
+
+def verdicts() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in selfcheck.folder().glob("*.json")]
+
+
+def test_without_metal_nothing_changes(launches: list[tuple[int, ...]]):
+    attend()
+    assert not launches
+    assert not selfcheck.folder().exists()
+
+
+@pytest.mark.usefixtures("metal")
+def test_decode_steps_go_to_the_kernel_once_checked(launches: list[tuple[int, ...]]):
+    out = attend()
+    assert launches == [(1, 4, 1, 16)]
+    (kept,) = verdicts()
+    assert kept["kernel"] == "decode-float32-d16-gqa2-n1-rope16-halves"
+    assert kept["passed"]
+    assert kept["error"] < 2e-6
+    assert attend(n=3).shape == (1, 4, 3, 16)
+    assert attend(head_dim=24).shape == (1, 4, 1, 24)
+    assert len(launches) == 1, "chunks, and heads that 16 does not divide, are served by ops"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(selfcheck.SWITCH, "off")
+        selfcheck.forget()
+        np.testing.assert_allclose(out, attend(), atol=1e-6)
+    assert len(launches) == 1
+
+
+@pytest.mark.usefixtures("metal")
+def test_a_verdict_is_kept_for_its_text(monkeypatch: pytest.MonkeyPatch):
+    checked: list[str] = []
+    check = selfcheck.check
+
+    def counted(spec: selfcheck.Specialisation) -> selfcheck.Verdict:
+        checked.append(spec.name)
+        return check(spec)
+
+    monkeypatch.setattr(selfcheck, "check", counted)
+    for times in (1, 1):
+        attend()
+        selfcheck.forget()
+        assert len(checked) == times
+    (path,) = selfcheck.folder().glob("*")
+    path.write_text("{")
+    attend()
+    assert len(checked) == 2, "a damaged file is as good as none"
+    assert verdicts()[0]["passed"]
+    selfcheck.forget()
+    monkeypatch.setattr(source, "stamp", lambda *names: "another text")
+    attend()
+    assert len(checked) == 3
+    assert len(verdicts()) == 2
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize(
+    ("good", "bad", "reason"),
+    [
+        ("second ? sine : -sine", "second ? -sine : sine", "its results are off by"),
+        ("rows.m[r] = top;", "rows.m[r] = topp;", "it failed to run"),
+    ],
+)
+def test_a_kernel_that_fails_its_check_does_not_serve(
+    good: str,
+    bad: str,
+    reason: str,
+    launches: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """One warning a process, whether the verdict is new or kept, and the ops serve."""
+    wanted = _ops(monkeypatch)
+    plant(monkeypatch, good, bad)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            np.testing.assert_array_equal(attend(), wanted)
+            np.testing.assert_array_equal(attend(), wanted)
+        assert len(said) == 1
+        assert re.search(f"gqa2.* is not used .*{reason}.*doctor", str(said[0].message))
+        selfcheck.forget()
+    assert not launches
+    (kept,) = verdicts()
+    assert not kept["passed"]
+    monkeypatch.setenv(selfcheck.SWITCH, "on")
+    with pytest.raises(KernelError, match=reason):
+        attend()
+
+
+def _ops(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    with monkeypatch.context() as patch:
+        patch.setenv(selfcheck.SWITCH, "off")
+        selfcheck.forget()
+        out = attend()
+    selfcheck.forget()
+    return out
+
+
+def test_on_without_metal_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(selfcheck.SWITCH, "on")
+    with pytest.raises(KernelError, match="MLX_SINK_KERNEL is on, but MLX has no Metal"):
+        attend()
+
+
+def test_a_word_that_the_switch_does_not_know(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(selfcheck.SWITCH, "yes")
+    with pytest.raises(ConfigError, match="MLX_SINK_KERNEL must be auto, on or off, got 'yes'"):
+        attend()
+
+
+@pytest.mark.usefixtures("metal")
+def test_a_folder_that_cannot_be_written_costs_no_more_than_a_check(
+    launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path / "file" / "verdicts"))
+    attend()
+    assert len(launches) == 1
+
+
+@pytest.mark.usefixtures("metal")
+def test_same_tokens_as_the_ops(
+    launches: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Greedy tokens of a stream that wraps, from the API; and the command's text."""
+    folder = make_folder(tmp_path / "model", head_dim=16)
+    model, tokenizer = mlx_sink.load(folder, SinkConfig(2, 12, epoch=20))
+    command = ["--model", str(folder), "--prompt", "the cat", "--window", "12", "--num-sinks", "2"]
+    command += ["--max-tokens", "16", "--temp", "0", "--ignore-eos"]
+    outcomes: list[object] = []
+    for mode in ("off", "on"):
+        monkeypatch.setenv(selfcheck.SWITCH, mode)
+        selfcheck.forget()
+        assert not launches
+        stream = mlx_sink.stream_generate(model, tokenizer, "the cat", 36, ignore_eos=True)
+        outcomes.append([response.token for response in stream])
+        main(command)
+        outcomes.append(capsys.readouterr().out)
+    assert outcomes[:2] == outcomes[2:]
+    assert len(launches) > 2 * 25, "two layers, and all steps after the wrap"
