@@ -1,0 +1,244 @@
+"""``python -m mlx_sink.doctor``: is the Metal kernel right on this machine, and what does it gain?
+
+Checks every common specialisation anew, whatever verdict was kept, and times one decode step of
+one attention layer. Without Metal it times what serves there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sink import cli, reference
+from mlx_sink.config import SinkConfig
+from mlx_sink.errors import ConfigError
+from mlx_sink.kernels import decode, selfcheck, source
+from mlx_sink.kernels.selfcheck import Specialisation
+from mlx_sink.ring import Ring, Turn, layout_of
+from mlx_sink.rope import Rotation
+
+PROG = "python -m mlx_sink.doctor"
+DESCRIPTION = (
+    "Check the Metal kernels on this machine and time them against what serves without them."
+)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+GROUPS = (1, 4, 8)
+N_KV_HEADS = 8
+STEPS = 32
+"""Steps of a round of a timing: enough to hide what a round itself costs."""
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Microseconds of one decode step of one layer, the median of some rounds.
+
+    Attributes:
+        kernel: The Metal kernel; None where there is none.
+        ops: The plain operations that serve without it.
+        sdpa: MLX's own attention over as many keys, which knows no sinks: what a cache without
+            them costs.
+    """
+
+    kernel: float | None
+    ops: float
+    sdpa: float
+
+
+def measure(spec: Specialisation, config: SinkConfig, *, rounds: int, kernel: bool) -> Times:
+    """Time a step on a full ring whose window spans two epochs.
+
+    Args:
+        spec: What to time, for 8 kv heads and one sequence.
+        config: The ring.
+        rounds: How often; each round takes `STEPS` steps.
+        kernel: Time the Metal kernel too.
+    """
+    S, W = config.num_sinks, config.window
+    start = 3 * config.epoch_length
+    ring = Ring(S, W, config.epoch_length, start + W // 2, start, start - config.epoch_length)
+    layout = layout_of(ring, spec.n)
+    block = layout.block(ring.tokens, layout.end)
+    rows = max(run.row + run.length for run in layout.runs)
+    pairs = spec.rotated // 2
+    rotation = Rotation([10000.0 ** -(i / pairs) for i in range(pairs)], spec.interleaved)
+    q, k, v = (
+        mx.random.normal((1, heads, length, dim)).astype(spec.dtype)
+        for heads, length, dim in (
+            (N_KV_HEADS * spec.group, spec.n, spec.head_dim),
+            (N_KV_HEADS, rows, spec.head_dim),
+            (N_KV_HEADS, rows, spec.v_head_dim),
+        )
+    )
+    scale = spec.head_dim**-0.5
+    tables = decode.tables_of(layout, block, rotation)
+
+    def by_kernel(q: mx.array) -> mx.array:
+        return decode.decode(q, k, v, tables, scale=scale)
+
+    def by_ops(q: mx.array) -> mx.array:
+        still = q * scale
+        queries = {
+            turn: rotation.turn(still, layout.turns(turn), key=turn) if turn else still
+            for turn in Turn
+        }
+        return reference.attend(queries, k, v, block, W)
+
+    def by_sdpa(q: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    return Times(
+        _microseconds(by_kernel, q, rounds) if kernel else None,
+        _microseconds(by_ops, q, rounds),
+        _microseconds(by_sdpa, q, rounds),
+    )
+
+
+def _microseconds(step: Callable[[mx.array], mx.array], q: mx.array, rounds: int) -> float:
+    """Return a step's time: the median over rounds of steps that wait for one another.
+
+    As layers do: each step's queries are the outputs of the one before.
+    """
+    times: list[float] = []
+    for _ in range(rounds + 1):
+        began, x = time.perf_counter(), q
+        for _ in range(STEPS):
+            x = step(x)
+        x.sum().item()
+        times.append((time.perf_counter() - began) / STEPS * 1e6)
+    return round(statistics.median(times[1:]), 1)  # the first compiles
+
+
+def examine(
+    dtypes: Sequence[str],
+    head_dims: Sequence[int],
+    groups: Sequence[int],
+    config: SinkConfig,
+    rounds: int = 10,
+) -> dict[str, Any]:
+    """Check and time specialisations on this machine.
+
+    Args:
+        dtypes: Names of dtypes, as in `DTYPES`.
+        head_dims: Sizes of the heads.
+        groups: Query heads for each kv head.
+        config: The ring that is timed.
+        rounds: Rounds of a timing, of `STEPS` steps each.
+
+    Returns:
+        A JSON-ready dictionary: ``machine``, ``metal`` and a list of ``kernels``.
+    """
+    metal = source.is_available()
+    kernels: list[dict[str, Any]] = []
+    for dtype in dtypes:
+        for head_dim in head_dims:
+            for group in groups:
+                spec = Specialisation(
+                    *(DTYPES[dtype], group, head_dim, head_dim, 1, head_dim, False)
+                )
+                verdict = selfcheck.check(spec) if metal else None
+                ran = verdict is not None and verdict.error is not None
+                times = measure(spec, config, rounds=rounds, kernel=ran)
+                kernels.append(
+                    {
+                        "kernel": spec.name,
+                        "passed": verdict.passed if verdict else None,
+                        "max_error": verdict.error if verdict else None,
+                        "reason": verdict.reason if verdict else "no Metal",
+                        "kernel_us": times.kernel,
+                        "ops_us": times.ops,
+                        "sdpa_us": times.sdpa,
+                    }
+                )
+    return {
+        "machine": _machine(),
+        "metal": metal,
+        "ring": {**config.to_dict(), "n_kv_heads": N_KV_HEADS},
+        "kernels": kernels,
+    }
+
+
+def _machine() -> dict[str, str]:
+    found = selfcheck.machine() if source.is_available() else {}
+    return {
+        **found,
+        "processor": platform.processor() or platform.machine(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("mlx-sink", "mlx", "mlx-lm")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Write what `examine` found for people."""
+    lines = [f"{name:>12}  {value}" for name, value in found["machine"].items()]
+    if not found["metal"]:
+        lines.append("no Metal on this machine: the plain operations serve, and are timed here")
+    ring = found["ring"]
+    lines.append(
+        f"one decode step of one layer, {ring['num_sinks']} sinks + window {ring['window']}, "
+        f"{ring['n_kv_heads']} kv heads, in microseconds"
+    )
+    lines.append(
+        f"{'kernel':<44} {'verdict':<8} {'error':>8} {'kernel':>9} {'ops':>9} {'MLX sdpa':>9}"
+    )
+    for row in found["kernels"]:
+        verdict = {True: "right", False: "WRONG", None: "-"}[row["passed"]]
+        error = "-" if row["max_error"] is None else f"{row['max_error']:.1e}"
+        kernel = "-" if row["kernel_us"] is None else f"{row['kernel_us']:.1f}"
+        lines.append(
+            f"{row['kernel']:<44} {verdict:<8} {error:>8} {kernel:>9} "
+            f"{row['ops_us']:>9.1f} {row['sdpa_us']:>9.1f}"
+        )
+        if row["passed"] is False:
+            lines.append(f"    {row['reason']}")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 if a kernel is wrong on this machine."""
+    p = cli.Parser(prog=PROG, description=DESCRIPTION)
+    cli.add_sink_options(p)
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float16", "bfloat16"])
+    p.add_argument("--head-dim", nargs="+", type=_positive, default=HEAD_DIMS)
+    p.add_argument(
+        "--group", nargs="+", type=_positive, default=GROUPS, help="query heads for each kv head"
+    )
+    p.add_argument("--rounds", type=_positive, default=10, help="rounds of each timing (10)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    args = p.parse_args(arguments)
+    if any(dim % 16 for dim in args.head_dim):
+        raise ConfigError(f"--head-dim must be multiples of 16, got {args.head_dim}")
+    if max(args.group) > 16:
+        raise ConfigError(f"--group must be at most 16, got {max(args.group)}")
+    config = SinkConfig.for_context(None, args.num_sinks, args.window)
+    found = examine(args.dtype, args.head_dim, args.group, config, args.rounds)
+    cli.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
+    return int(any(row["passed"] is False for row in found["kernels"]))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

@@ -1,0 +1,197 @@
+"""Plant mistakes in the decode kernel's text, one at a time, and see that the tests notice each.
+
+A test set that no mistake can pass is what the kernel's claim to be right rests on. Prints what
+killed each mutant, and ends with status 1 if one survived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests" / "test_kernel_decode.py"
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake in the place of what is right.
+
+    Attributes:
+        what: The mistake in words.
+        file: The file of kernel text.
+        good: A part of it, comments out, that occurs once.
+        bad: What takes its place.
+        tests: Which tests are to notice, as pytest's ``-k`` says it.
+    """
+
+    what: str
+    file: str
+    good: str
+    bad: str
+    tests: str
+
+    def applied(self, text: str) -> str:
+        """Return the text with the mistake.
+
+        Raises:
+            ValueError: The text has changed, and the mutation must be written anew.
+        """
+        if text.count(self.good) != 1:
+            raise ValueError(f"{self.file}: not exactly once in the text: {self.good}")
+        return text.replace(self.good, self.bad)
+
+
+COMMON, PASS_1, PASS_2 = "decode_common", "decode", "decode_merge"
+
+# fmt: off
+MUTATIONS = [
+    Mutation("window one too long", COMMON,
+             "token > query - sight.reach", "token >= query - sight.reach", "queries"),
+    Mutation("a query does not see itself", COMMON, "token <= query", "token < query", "queries"),
+    Mutation("sum of weights not rescaled", COMMON,
+             "rows.l[r] * fade + weight", "rows.l[r] + weight", "bytes"),
+    Mutation("outputs not rescaled", COMMON, "rows.o[r][e] *= fade", "rows.o[r][e] *= 1.0f",
+             "bytes"),
+    Mutation("queries turned backwards", COMMON, "second ? sine : -sine", "second ? -sine : sine",
+             "head_dims"),
+    Mutation("pairs counted wrongly if interleaved", COMMON,
+             "INTERLEAVED ? d / 2 :", "INTERLEAVED ? d % (DIMS / 2) :", "kinds_of_rotation"),
+    Mutation("dimensions beyond the rotated ones turned", COMMON,
+             "turned && d < DIMS", "turned && d <= DIMS", "kinds_of_rotation"),
+    Mutation("lanes exchange the wrong half", COMMON,
+             "upper ? values[j] : values[left + j]", "upper ? values[left + j] : values[j]",
+             "head_dims"),
+    Mutation("weights taken from the wrong lanes", COMMON, "ushort(j * SHARE)", "ushort(j)",
+             "head_dims"),
+    Mutation("dead rows loaded", COMMON, "held >= TK", "held > 0", "states"),
+    Mutation("dead rows weighted", COMMON,
+             "seen ? fast::exp2(score - top) : 0.0f", "fast::exp2(score - top)", "states"),
+    Mutation("maximum of the lanes incomplete", COMMON,
+             "ushort bit = 16; bit >= SHARE;", "ushort bit = 16; bit > SHARE;", "bytes"),
+    Mutation("softcap not scaled back", COMMON, "cap * precise::tanh(score)",
+             "precise::tanh(score)", "softcap"),
+    Mutation("learned logit in another base", COMMON, "logit * M_LOG2E_F", "logit", "learned"),
+    Mutation("learned sink forgets the rest", COMMON, "l * fade + fast::exp2(score - top)",
+             "l + fast::exp2(score - top)", "learned"),
+    Mutation("learned sink of another kv head", PASS_1, "learned[hk * G + row / L]",
+             "learned[row / L]", "learned"),
+    Mutation("first table serves every sequence", PASS_1, "ranges_shape[0] == 1 ? 0 : b",
+             "ranges_shape[0] == 1 ? 0 : 0", "different_tokens"),
+    Mutation("turns of the first sequence serve all", PASS_1, "b * turns_shape[1]", "0",
+             "different_tokens"),
+    Mutation("ranges counted twice", PASS_1, "base += range[1]", "base += 2 * range[1]", "states"),
+    Mutation("slices overlap", PASS_1, "max(begin - base, 0)", "0", "queries"),
+    Mutation("splits all take the first keys", PASS_1, "(split * KS + slice) * size",
+             "slice * size", "queries"),
+    Mutation("last keys left out", PASS_1, "(live + parts - 1) / parts", "live / parts",
+             "bytes or states"),
+    Mutation("turn of the other kind", PASS_1, "max(turn - 1, 0) * L", "max(2 - turn, 0) * L",
+             "head_dims"),
+    Mutation("turn of another query", PASS_1, "* L + row % L) * DIMS", "* L + 0) * DIMS",
+             "queries"),
+    Mutation("rows beyond the last read", PASS_1, "min(row0 + r, R - 1)", "row0 + r",
+             "any_number"),
+    Mutation("rows beyond the last stored", PASS_1, "r < ROWS && row0 + r < R", "r < ROWS",
+             "any_number"),
+    Mutation("values found by the size of keys", PASS_1, "size_t(k_shape[2]) * DV",
+             "size_t(k_shape[2]) * D", "values_of"),
+    Mutation("kv head ignored", PASS_1, "threadgroups_per_grid.y + size_t(hk)",
+             "threadgroups_per_grid.y + size_t(0)", "queries"),
+    Mutation("a tile overwritten while others read it", PASS_1,
+             f"{BARRIER}\n      for (int c = int(thread_index_in_threadgroup); c < n * D / 4",
+             "for (int c = int(thread_index_in_threadgroup); c < n * D / 4",
+             "bytes and 16"),
+    Mutation("a tile read before it is there", PASS_1,
+             f"{BARRIER}\n      for (int t = 0", "for (int t = 0",
+             "bytes and 16"),
+    Mutation("slices merged before they are given", PASS_1,
+             f"{BARRIER}\n  if (slice < half_of)", "if (slice < half_of)", "head_dims"),
+    Mutation("a barrier for other memory", PASS_1,
+             f"{BARRIER}\n  if (slice < half_of)",
+             "threadgroup_barrier(mem_flags::mem_device);\n  if (slice < half_of)", "head_dims"),
+    Mutation("slices merged under one maximum", PASS_1,
+             "theirs = fast::exp2(given_ml[from * 2] - m)", "theirs = mine", "head_dims"),
+    Mutation("splits' sums not rescaled", PASS_2, "from[DV + 1] * fade", "from[DV + 1]",
+             "queries"),
+    Mutation("splits' outputs not rescaled", PASS_2, "from[lane + 32 * i] * fade",
+             "from[lane + 32 * i]", "queries"),
+    Mutation("last dimensions not merged", PASS_2,
+             "lane + 32 * i < DV; ++i) {\n    o[i]", "lane + 32 * i < DV - 1; ++i) {\n    o[i]",
+             "queries"),
+]
+# fmt: on
+
+
+class _Outcome:
+    """A plugin that notes the first test which failed, and keeps pytest quiet."""
+
+    def __init__(self) -> None:
+        self.failed = ""
+        self.reason = ""
+        self.ran = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.ran += report.when == "call"
+        if report.failed and not self.failed:
+            self.failed = report.nodeid.partition("::")[2]
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.reason = str(getattr(crash, "message", "")).split("\n")[0]
+
+
+def outcome_of(mutation: Mutation | None, tests: str) -> _Outcome:
+    """Run the kernel's tests on a changed text until one fails."""
+    from mlx_sink.kernels import source
+
+    text = source.text
+
+    def planted(name: str) -> str:
+        whole = text(name)
+        return mutation.applied(whole) if mutation and name == mutation.file else whole
+
+    outcome = _Outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "text", planted)
+        quiet = ["-x", "-qq", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
+        quiet += ["-p", "no:terminalreporter"]
+        pytest.main([str(TESTS), "-k", tests, *quiet], plugins=[outcome])
+    return outcome
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="mutations whose words contain this")
+    parser.add_argument("--list", action="store_true", help="say what there is, run nothing")
+    given = parser.parse_args(arguments)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    chosen = [m for m in MUTATIONS if not given.only or given.only in m.what]
+    survivors = 0
+    for number, mutation in enumerate(chosen, start=1):
+        label = f"{number:2}/{len(chosen)} {mutation.what}"
+        if given.list:
+            print(f"{label} ({mutation.file}): {mutation.good!r} -> {mutation.bad!r}")
+            continue
+        began = time.perf_counter()
+        outcome = outcome_of(mutation, mutation.tests)
+        took = time.perf_counter() - began
+        survivors += not outcome.failed
+        said = f"killed by {outcome.failed}" if outcome.failed else "SURVIVED"
+        print(f"{label}: {said} after {outcome.ran} tests, {took:.0f} s", flush=True)
+        if outcome.reason:
+            print(f"      {outcome.reason[:120]}", flush=True)
+    if not given.list:
+        print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    return 1 if survivors or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

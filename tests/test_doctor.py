@@ -1,0 +1,75 @@
+"""The doctor: what it says with and without Metal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import host_metal
+import mlx.core as mx
+import pytest
+
+from mlx_sink.doctor import main
+from mlx_sink.errors import ConfigError
+from mlx_sink.kernels import selfcheck, source
+
+SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path))
+    monkeypatch.setattr(mx.fast, "metal_kernel", host_metal.metal_kernel)
+    monkeypatch.setattr(source, "is_available", lambda: True)
+    monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
+    monkeypatch.setattr("mlx_sink.doctor.STEPS", 1)
+    selfcheck.forget()
+
+
+def test_without_metal_it_says_so_and_times_the_rest(capsys: pytest.CaptureFixture[str]):
+    assert main([*SMALL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metal"] is False
+    assert found["machine"]["mlx"] == mx.__version__
+    assert [row["passed"] for row in found["kernels"]] == [None, None]
+    for row in found["kernels"]:
+        assert row["kernel_us"] is None
+        assert row["ops_us"] > 0
+        assert row["sdpa_us"] > 0
+    assert main(SMALL) == 0
+    assert "no Metal on this machine" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("metal")
+def test_a_right_kernel(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main([*SMALL, "--dtype", "float32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["kernels"]
+    assert row["passed"]
+    assert row["max_error"] < 2e-6
+    assert row["kernel_us"] > 0
+    assert {"gpu", "architecture", "text"} <= set(found["machine"])
+    assert not list(tmp_path.iterdir()), "it neither reads nor keeps verdicts"
+
+
+@pytest.mark.usefixtures("metal")
+def test_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
+    monkeypatch.setattr(selfcheck, "check", lambda spec: wrong)
+    assert main([*SMALL, "--dtype", "float32"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG" in out
+    assert "off by 0.25" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--head-dim", "40"], "--head-dim must be multiples of 16"),
+        (["--group", "17"], "--group must be at most 16, got 17"),
+        (["--window", "0"], "window must be at least 1"),
+    ],
+)
+def test_bad_input(arguments: list[str], said: str):
+    with pytest.raises(ConfigError, match=said):
+        main(arguments)
