@@ -154,8 +154,10 @@ for (int half_of = KS / 2; half_of > 0; half_of /= 2) {
         given_ml[to * 2] = rows.m[r];
         given_ml[to * 2 + 1] = rows.l[r];
       }
-      for (int e = 0; e < EV && !idle_v; ++e) {
-        given_o[to * DV + first_v + e] = rows.o[r][e];
+      if (!idle_v) {
+        for (int e = 0; e < EV; ++e) {
+          given_o[to * DV + first_v + e] = rows.o[r][e];
+        }
       }
     }
   }
@@ -168,37 +170,41 @@ for (int half_of = KS / 2; half_of > 0; half_of /= 2) {
       const float theirs = fast::exp2(given_ml[from * 2] - m);
       rows.m[r] = m;
       rows.l[r] = rows.l[r] * mine + given_ml[from * 2 + 1] * theirs;
-      for (int e = 0; e < EV && !idle_v; ++e) {
-        rows.o[r][e] = rows.o[r][e] * mine + given_o[from * DV + first_v + e] * theirs;
+      if (!idle_v) {
+        for (int e = 0; e < EV; ++e) {
+          rows.o[r][e] = rows.o[r][e] * mine + given_o[from * DV + first_v + e] * theirs;
+        }
       }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
+// Loops have constant ends and conditions inside, so that what they index stays in registers.
 if (slice == 0) {
-  for (int r = 0; r < ROWS && row0 + r < R; ++r) {
+  for (int r = 0; r < ROWS; ++r) {
     const int row = row0 + r;
-    if (SINGLE) {
+    if (row < R) {
       float factor = 1.0f;
       float l = rows.l[r];
-      if (LSINK) {
-        const float2 sunk = with_learned_sink(rows.m[r], l, learned[hk * G + row / L]);
-        factor = sunk.x;
-        l = sunk.y;
+      if (SINGLE) {
+        if (LSINK) {
+          const float2 sunk = with_learned_sink(rows.m[r], l, learned[hk * G + row / L]);
+          factor = sunk.x;
+          l = sunk.y;
+        }
+        factor = l > 0.0f ? factor / l : 0.0f;
       }
-      factor = l > 0.0f ? factor / l : 0.0f;
-      for (int e = 0; e < EV && !idle_v; ++e) {
-        out[(head * R + row) * DV + first_v + e] = static_cast<OUT>(rows.o[r][e] * factor);
+      const size_t at = SINGLE ? (head * R + row) * DV
+                               : ((head * splits + split) * R + row) * (DV + 2);
+      if (!idle_v) {
+        for (int e = 0; e < EV; ++e) {
+          out[at + first_v + e] = static_cast<OUT>(rows.o[r][e] * factor);
+        }
       }
-    } else {
-      const size_t at = ((head * splits + split) * R + row) * (DV + 2);
-      for (int e = 0; e < EV && !idle_v; ++e) {
-        out[at + first_v + e] = static_cast<OUT>(rows.o[r][e]);
-      }
-      if (lane == 0) {
+      if (!SINGLE && lane == 0) {
         out[at + DV] = static_cast<OUT>(rows.m[r]);
-        out[at + DV + 1] = static_cast<OUT>(rows.l[r]);
+        out[at + DV + 1] = static_cast<OUT>(l);
       }
     }
   }

@@ -43,11 +43,14 @@ METAL_FUNC void load_tile(P from, int stride, int n, bool idle, thread T* tile) 
     }
     return;
   }
-  for (int i = 0; i < TK * E; ++i) {
-    tile[i] = static_cast<T>(0.0f);
-  }
-  for (int j = 0; j < held; ++j) {
-    load_run<T, E, W, V>(from + j * stride, tile + j * E);
+  for (int j = 0; j < TK; ++j) {
+    if (j < held) {
+      load_run<T, E, W, V>(from + j * stride, tile + j * E);
+    } else {
+      for (int e = 0; e < E; ++e) {
+        tile[j * E + e] = static_cast<T>(0.0f);
+      }
+    }
   }
 }
 

@@ -28,8 +28,10 @@ for (int s = 0; s < splits; ++s) {
   const device float* from = part + s * stride;
   const float fade = fast::exp2(from[DV] - m);
   l += from[DV + 1] * fade;
-  for (int i = 0; i < E && lane + 32 * i < DV; ++i) {
-    o[i] += from[lane + 32 * i] * fade;
+  for (int i = 0; i < E; ++i) {
+    if (lane + 32 * i < DV) {
+      o[i] += from[lane + 32 * i] * fade;
+    }
   }
 }
 float factor = 1.0f;
@@ -39,6 +41,8 @@ if (LSINK) {
   l = sunk.y;
 }
 factor = l > 0.0f ? factor / l : 0.0f;
-for (int i = 0; i < E && lane + 32 * i < DV; ++i) {
-  out[(head * R + row) * DV + lane + 32 * i] = static_cast<OUT>(o[i] * factor);
+for (int i = 0; i < E; ++i) {
+  if (lane + 32 * i < DV) {
+    out[(head * R + row) * DV + lane + 32 * i] = static_cast<OUT>(o[i] * factor);
+  }
 }

@@ -100,7 +100,7 @@ MUTATIONS = [
              "queries"),
     Mutation("rows beyond the last read", PASS_1, "min(row0 + r, R - 1)", "row0 + r",
              "any_number"),
-    Mutation("rows beyond the last stored", PASS_1, "r < ROWS && row0 + r < R", "r < ROWS",
+    Mutation("rows beyond the last stored", PASS_1, "if (row < R)", "if (true)",
              "any_number"),
     Mutation("values found by the size of keys", PASS_1, "size_t(k_shape[2]) * DV",
              "size_t(k_shape[2]) * D", "values_of"),
@@ -125,7 +125,7 @@ MUTATIONS = [
     Mutation("splits' outputs not rescaled", PASS_2, "from[lane + 32 * i] * fade",
              "from[lane + 32 * i]", "queries"),
     Mutation("last dimensions not merged", PASS_2,
-             "lane + 32 * i < DV; ++i) {\n    o[i]", "lane + 32 * i < DV - 1; ++i) {\n    o[i]",
+             "lane + 32 * i < DV) {\n      o[i]", "lane + 32 * i < DV - 1) {\n      o[i]",
              "queries"),
 ]
 # fmt: on

@@ -160,7 +160,8 @@ def decode(
     Args:
         queries: ``[B, n_heads, L, head_dim]`` after RoPE; float16, bfloat16 or float32.
         keys: ``[B, n_kv_heads, rows, head_dim]`` after RoPE, the whole ring: a slice of it
-            would be copied at every call.
+            would be copied at every call. Its memory begins at a whole row, as that of any
+            array but a view across rows does: the kernel loads up to 16 bytes at once.
         values: ``[B, n_kv_heads, rows, v_head_dim]``.
         tables: Which rows each sequence sees, and how its queries are turned.
         scale: Factor on q.k.

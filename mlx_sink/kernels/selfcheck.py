@@ -2,7 +2,8 @@
 
 At first use of a specialisation the kernel runs once on random data whose ring has wrapped and
 spans two epochs, and is compared with `reference`, worked out on the CPU. That takes a few
-milliseconds; the verdict is kept in a file, for this GPU, system, MLX and kernel text.
+milliseconds beside the compiler's time; the verdict is kept in a file, for this GPU, system, MLX
+and kernel text.
 """
 
 from __future__ import annotations
