@@ -7,6 +7,7 @@ one attention layer. Without Metal it times what serves there.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -17,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import mlx.core as mx
+from tqdm import tqdm
 
 from mlx_sink import cli, reference
 from mlx_sink.config import SinkConfig
@@ -32,9 +34,12 @@ DESCRIPTION = (
 )
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 GROUPS = (1, 4, 8)
+FEW = {"dtype": ("float32",), "head_dim": (64, 128), "group": (1, 4)}
+"""What is timed where there is no kernel to check, and plain operations take long."""
 N_KV_HEADS = 8
 STEPS = 32
-"""Steps of a round of a timing: enough to hide what a round itself costs."""
+"""Steps of a round of a timing on a GPU: enough to hide what a round itself costs."""
+STEPS_ON_CPU = 2
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -60,7 +65,7 @@ def measure(spec: Specialisation, config: SinkConfig, *, rounds: int, kernel: bo
     Args:
         spec: What to time, for 8 kv heads and one sequence.
         config: The ring.
-        rounds: How often; each round takes `STEPS` steps.
+        rounds: How often.
         kernel: Time the Metal kernel too.
     """
     S, W = config.num_sinks, config.window
@@ -109,12 +114,13 @@ def _microseconds(step: Callable[[mx.array], mx.array], q: mx.array, rounds: int
     As layers do: each step's queries are the outputs of the one before.
     """
     times: list[float] = []
+    steps = STEPS if source.is_available() else STEPS_ON_CPU
     for _ in range(rounds + 1):
         began, x = time.perf_counter(), q
-        for _ in range(STEPS):
+        for _ in range(steps):
             x = step(x)
         x.sum().item()
-        times.append((time.perf_counter() - began) / STEPS * 1e6)
+        times.append((time.perf_counter() - began) / steps * 1e6)
     return round(statistics.median(times[1:]), 1)  # the first compiles
 
 
@@ -132,33 +138,30 @@ def examine(
         head_dims: Sizes of the heads.
         groups: Query heads for each kv head.
         config: The ring that is timed.
-        rounds: Rounds of a timing, of `STEPS` steps each.
+        rounds: Rounds of a timing.
 
     Returns:
         A JSON-ready dictionary: ``machine``, ``metal`` and a list of ``kernels``.
     """
     metal = source.is_available()
     kernels: list[dict[str, Any]] = []
-    for dtype in dtypes:
-        for head_dim in head_dims:
-            for group in groups:
-                spec = Specialisation(
-                    *(DTYPES[dtype], group, head_dim, head_dim, 1, head_dim, False)
-                )
-                verdict = selfcheck.check(spec) if metal else None
-                ran = verdict is not None and verdict.error is not None
-                times = measure(spec, config, rounds=rounds, kernel=ran)
-                kernels.append(
-                    {
-                        "kernel": spec.name,
-                        "passed": verdict.passed if verdict else None,
-                        "max_error": verdict.error if verdict else None,
-                        "reason": verdict.reason if verdict else "no Metal",
-                        "kernel_us": times.kernel,
-                        "ops_us": times.ops,
-                        "sdpa_us": times.sdpa,
-                    }
-                )
+    kinds = list(itertools.product(dtypes, head_dims, groups))
+    for dtype, head_dim, group in tqdm(kinds, desc="checking", unit="kernel", leave=False):
+        spec = Specialisation(*(DTYPES[dtype], group, head_dim, head_dim, 1, head_dim, False))
+        verdict = selfcheck.check(spec) if metal else None
+        ran = verdict is not None and verdict.error is not None
+        times = measure(spec, config, rounds=rounds, kernel=ran)
+        kernels.append(
+            {
+                "kernel": spec.name,
+                "passed": verdict.passed if verdict else None,
+                "max_error": verdict.error if verdict else None,
+                "reason": verdict.reason if verdict else "no Metal",
+                "kernel_us": times.kernel,
+                "ops_us": times.ops,
+                "sdpa_us": times.sdpa,
+            }
+        )
     return {
         "machine": _machine(),
         "metal": metal,
@@ -215,11 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if a kernel is wrong on this machine."""
     p = cli.Parser(prog=PROG, description=DESCRIPTION)
     cli.add_sink_options(p)
-    p.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float16", "bfloat16"])
-    p.add_argument("--head-dim", nargs="+", type=_positive, default=HEAD_DIMS)
-    p.add_argument(
-        "--group", nargs="+", type=_positive, default=GROUPS, help="query heads for each kv head"
-    )
+    metal = source.is_available()
+    common = {"dtype": ("float16", "bfloat16"), "head_dim": HEAD_DIMS, "group": GROUPS}
+    p.set_defaults(**(common if metal else FEW))
+    p.add_argument("--dtype", nargs="+", choices=DTYPES)
+    p.add_argument("--head-dim", nargs="+", type=_positive)
+    p.add_argument("--group", nargs="+", type=_positive, help="query heads for each kv head")
     p.add_argument("--rounds", type=_positive, default=10, help="rounds of each timing (10)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     args = p.parse_args(arguments)
