@@ -124,7 +124,7 @@ def short(n: int) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw perplexity by position, on a log scale, as a PNG."""
+    """Draw perplexity by position as a PNG, on a log scale if the arms lie far apart."""
     # Only a run that is to be drawn needs matplotlib.
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -136,10 +136,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
         heights = [b["perplexity"] for b in arm["curve"]]
         axes.plot(middles, heights, label=NAMES[name], **STYLES[name])
     axes.axvline(result["capacity"], color="#bbbbbb", linewidth=0.8, linestyle=":")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_ylim()
+    if high > 4 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlim(0, result["tokens"])
     axes.set_xlabel("position in the stream (tokens); the dotted line is where eviction begins")
