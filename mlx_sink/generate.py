@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--extra-eos-token", nargs="+", default=[], help="more tokens that end the text"
     )
     p.add_argument("--stop", nargs="+", default=[], help="strings that end the text")
-    p.add_argument("--temp", type=float, help="sampling temperature (0; 0.8 for the demo model)")
+    p.add_argument("--temp", type=float, help="sampling temperature (0; 0.7 for the demo model)")
     p.add_argument("--top-p", type=float, default=1.0, help="sampling top-p (1)")
     p.add_argument("--min-p", type=float, default=0.0, help="sampling min-p (0)")
     p.add_argument("--top-k", type=int, default=0, help="sampling top-k, 0 for all (0)")
@@ -185,7 +185,7 @@ def _prompt(args: argparse.Namespace, tokenizer: Any) -> Prompt:
 
 
 def _sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
-    temp = args.temp if args.temp is not None else (0.8 if args.model == DEMO else 0.0)
+    temp = args.temp if args.temp is not None else (0.7 if args.model == DEMO else 0.0)
     special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
     return make_sampler(
         temp,
