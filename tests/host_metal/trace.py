@@ -91,7 +91,7 @@ def _template(name: str, head: str, tail: str) -> tuple[tuple[str, str, str], ..
     if not declared or not given:
         return ()
     pairs = zip(declared[1].split(", "), given[1].split(", "), strict=True)
-    return tuple((*declaration.split(), value) for declaration, value in pairs)  # type: ignore
+    return tuple((*declaration.split(), value) for declaration, value in pairs)  # type: ignore  (two words each)
 
 
 def _parameter(line: str) -> Parameter:
