@@ -113,7 +113,7 @@ def _name(model: nn.Module) -> str:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    return cast("list[nn.Module]", getattr(model, "layers"))  # noqa: B009 - typed as unknown
+    return cast("list[nn.Module]", cast("Any", model).layers)
 
 
 def _check_architecture(model: nn.Module) -> None:
