@@ -28,6 +28,8 @@ def sink_attention(
     layout: Layout,
     rotation: Rotation,
     scale: float,
+    softcap: float | None = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attend from new tokens to the sinks and the window, at StreamingLLM's distances.
 
@@ -42,21 +44,24 @@ def sink_attention(
         layout: Which token each query and each row is.
         rotation: The layer's rotary embedding.
         scale: Factor on q.k, usually ``head_dim ** -0.5``.
+        softcap: Scores become ``softcap * tanh(score / softcap)`` before the softmax (Gemma 2).
+        learned_sinks: A logit a head, ``[n_heads]``, that takes its share of the softmax and has
+            no value (gpt-oss).
 
     Returns:
         ``[B, n_heads, L, v_head_dim]``.
 
     Rule: where no key of a block needs a turn (before the first wrap, without sinks, or in a
-    layer without positions), MLX's fused attention; elsewhere, for a single new token, the Metal
-    kernel `kernels.decode` if this machine has Metal and the kernel has passed its check there
-    (`kernels.selfcheck`); for everything else `reference.attend`.
+    layer without positions) and no score is capped, MLX's fused attention; elsewhere, for a
+    single new token, the Metal kernel `kernels.decode` if this machine has Metal and the kernel
+    has passed its check there (`kernels.selfcheck`); for everything else `reference.attend`.
     """
     turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window
 
     def under(turn: Turn) -> mx.array:
         if turn not in turned:
-            if turn is Turn.NONE:
+            if turn is Turn.NONE or rotation.is_identity:
                 turned[turn] = queries * scale
             else:
                 positions = layout.turns(turn)
@@ -65,16 +70,25 @@ def sink_attention(
 
     def attend(block: Block) -> mx.array:
         rows = slice(block.first - start, block.last - start)
-        if rotation.is_identity or block.turns == STILL:
+        if softcap is None and (rotation.is_identity or block.turns == STILL):
             q = queries if block.n == layout.n else queries[:, :, rows]
-            return reference.attend_fused(q, keys, values, block, window, scale)
-        if layout.n == 1 and selfcheck.serves(queries, keys, values, rotation):
+            return reference.attend_fused(q, keys, values, block, window, scale, learned_sinks)
+        if layout.n == 1 and selfcheck.serves(
+            *(queries, keys, values, rotation), softcap=softcap, learned_sinks=learned_sinks
+        ):
             tables = tables_of(layout, block, rotation)
-            return decode(queries, keys, values, tables, scale=scale)
+            return decode(
+                *(queries, keys, values, tables),
+                scale=scale,
+                softcap=softcap,
+                learned_sinks=learned_sinks,
+            )
         qs = {turn: under(turn) for turn in block.turns}
         if block.n < layout.n:
             qs = {turn: q[:, :, rows] for turn, q in qs.items()}
-        return reference.attend(qs, keys, values, block, window)
+        return reference.attend(
+            qs, keys, values, block, window, softcap=softcap, learned_sinks=learned_sinks
+        )
 
     outputs = [attend(block) for block in blocks_of(layout, BLOCK)]
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)

@@ -21,6 +21,9 @@ def attend(
     values: mx.array,
     block: Block,
     window: int,
+    *,
+    softcap: float | None = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attend from a block of queries to the key ranges it sees, each under its turn.
 
@@ -31,6 +34,8 @@ def attend(
         values: ``[B, n_kv_heads, rows, v_head_dim]``.
         block: The queries and the rows they see.
         window: W, own token included.
+        softcap: Scores become ``softcap * tanh(score / softcap)``, before any is masked.
+        learned_sinks: A logit a head that takes part in the softmax, ``[n_heads]``.
 
     Returns:
         ``[B, n_heads, L, v_head_dim]``; one softmax over all ranges.
@@ -45,11 +50,18 @@ def attend(
     across = keys.swapaxes(-1, -2)
     parts = [grouped[s.turn] @ across[..., s.start : s.stop] for s in block.spans]
     scores = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    if softcap is not None:
+        scores = softcap * mx.tanh(scores / softcap)
     if block.n > 1:
         by_query = mx.reshape(scores, (B, H, L, -1))
         by_query = mx.where(visible(block, window), by_query, -mx.inf)
         scores = mx.reshape(by_query, scores.shape)
+    if learned_sinks is not None:
+        logits = _by_row(learned_sinks.astype(scores.dtype), scores.shape, L)
+        scores = mx.concatenate([scores, logits], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
+    if learned_sinks is not None:
+        weights = weights[..., :-1]  # a sink has no value
     return mx.reshape(weights @ rows_of(values, block.spans), (B, H, L, -1))
 
 
@@ -60,11 +72,12 @@ def attend_fused(
     block: Block,
     window: int,
     scale: float,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attend with MLX's own kernel, where one rotation of the queries serves for all keys.
 
     Arguments and result as in `attend`, but the queries are those of the model, which the
-    kernel scales.
+    kernel scales. It has no softcap.
     """
     mask = None
     if block.n > 1:
@@ -75,7 +88,15 @@ def attend_fused(
         rows_of(values, block.spans),
         scale=scale,
         mask=mask,
+        sinks=None if learned_sinks is None else learned_sinks.astype(queries.dtype),
     )
+
+
+def _by_row(logits: mx.array, scores: Sequence[int], L: int) -> mx.array:
+    """Return ``[n_heads]`` logits beside scores ``[B, n_kv_heads, heads of one * L, keys]``."""
+    B, n_kv_heads, rows, _ = scores
+    column = mx.repeat(mx.reshape(logits, (1, n_kv_heads, rows // L, 1)), L, axis=2)
+    return mx.broadcast_to(column, (B, n_kv_heads, rows, 1))
 
 
 def rows_of(x: mx.array, spans: Sequence[Span]) -> mx.array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,12 +58,41 @@ class Stream:
         return cls(*(mx.array(random.standard_normal(shape)).astype(dtype) for shape in shapes))
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What some models add to the attention: a cap on scores, a logit a head without a key."""
+
+    softcap: float | None = None
+    learned_sinks: tuple[float, ...] | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        sinks = self.learned_sinks
+        given = None if sinks is None else mx.array(sinks)
+        return {"softcap": self.softcap, "learned_sinks": given}
+
+    def weights(self, scores: np.ndarray) -> np.ndarray:
+        """Return what each key counts, ``[B, n_heads, keys]``."""
+        if self.softcap is not None:
+            scores = self.softcap * np.tanh(scores / self.softcap)
+        if self.learned_sinks is None:
+            return softmax(scores)
+        logits = np.broadcast_to(np.array(self.learned_sinks)[:, None], (*scores.shape[:2], 1))
+        return softmax(np.concatenate([scores, logits], axis=-1))[..., :-1]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
 def attended(
     stream: Stream,
     config: SinkConfig,
     rope: nn.RoPE | None,
     lengths: Iterable[int],
     scale: float,
+    extras: Extras | None = None,
 ) -> np.ndarray:
     """Run the stream through a cache, as a model's attention layer does, in float64."""
     cache, outputs = SinkCache(config, Rotation.of(rope)), []
@@ -72,14 +102,24 @@ def attended(
             q, k = rope(q, offset=cache.offset), rope(k, offset=cache.offset)
         keys, values = cache.update_and_fetch(k, v)
         layout, rotation = cache.take_layout(), cache.rotation
-        out = sink_attention(q, keys, values, layout=layout, rotation=rotation, scale=scale)
+        out = sink_attention(
+            *(q, keys, values),
+            layout=layout,
+            rotation=rotation,
+            scale=scale,
+            **({} if extras is None else extras.arguments),
+        )
         assert out.dtype == stream.q.dtype
         outputs.append(out)
     return np.array(mx.concatenate(outputs, axis=2).astype(mx.float32)).astype(np.float64)
 
 
 def brute_force(
-    stream: Stream, config: SinkConfig, rope: nn.RoPE | None, scale: float
+    stream: Stream,
+    config: SinkConfig,
+    rope: nn.RoPE | None,
+    scale: float,
+    extras: Extras | None = None,
 ) -> np.ndarray:
     """Attend as the contract says, ``[B, n_heads, n, v_head_dim]`` in float64."""
     q, k, v = (np.array(x.astype(mx.float32), np.float64) for x in (stream.q, stream.k, stream.v))
@@ -91,8 +131,7 @@ def brute_force(
         # Turning a key back by the distance is turning the query forward by it.
         back = -np.array([distance(t, a, S, W) for a in tokens])
         scores = scale * (rotated(k[:, :, tokens], back, rope) @ q[:, :, t, :, None])[..., 0]
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
+        weights = extras.weights(scores) if extras else softmax(scores)
         out[:, :, t] = (weights[:, :, None] @ v[:, :, tokens])[:, :, 0]
     return out
 
@@ -118,12 +157,13 @@ def check(
     batch: int = 1,
     dtype: mx.Dtype = mx.float32,
     rope: nn.RoPE | None = None,
+    extras: Extras | None = None,
 ) -> None:
     """Compare a stream with brute force; the scale makes the softmax pick a few keys."""
     stream = Stream.random(heads, n, batch, dtype)
     scale = 1.5 * heads.head_dim**-0.5
-    ours = attended(stream, config, rope, lengths, scale)
-    exact = brute_force(stream, config, rope, scale)
+    ours = attended(stream, config, rope, lengths, scale, extras)
+    exact = brute_force(stream, config, rope, scale, extras)
     np.testing.assert_allclose(ours, exact, atol=TOLERANCES[dtype], rtol=0)
 
 
@@ -185,6 +225,27 @@ def test_batches(batch: int, block: int):
     """Rows of a batch must not mix when query heads are folded into rows."""
     lengths = mixed(8, 1, 10, 1, 1)
     check(Heads(), SinkConfig(2, 6, epoch=12), lengths, batch=batch, rope=nn.RoPE(8, base=BASE))
+
+
+EXTRAS = {
+    "softcap": Extras(softcap=1.5),
+    "learned": Extras(learned_sinks=(0.5, -1.0, 3.0, 1.5)),
+    "both": Extras(1.5, (0.5, -1.0, 3.0, 1.5)),
+    "logits above all scores": Extras(learned_sinks=(200.0, -200.0, 9.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("block", [4, 256], indirect=True)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("rope", [nn.RoPE(8, base=BASE), None], ids=["rope", "no positions"])
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS.keys())
+def test_softcap_and_learned_sinks(
+    block: int, dtype: mx.Dtype, rope: nn.RoPE | None, extras: Extras
+):
+    """In chunks and steps, before and after the wrap, where MLX's kernel serves and elsewhere."""
+    lengths = mixed(8, 1, 10, 1, 1)
+    config = SinkConfig(2, 6, epoch=12)
+    check(Heads(), config, lengths, batch=2, dtype=dtype, rope=rope, extras=extras)
 
 
 def test_one_softmax_over_all_ranges():

@@ -87,7 +87,12 @@ def plant(monkeypatch: pytest.MonkeyPatch, good: str, bad: str) -> None:
     monkeypatch.setattr(source, "text", planted)
 
 
-def attend(n: int = 1, head_dim: int = 16, dtype: mx.Dtype = mx.float32) -> np.ndarray:
+def attend(
+    n: int = 1,
+    head_dim: int = 16,
+    dtype: mx.Dtype = mx.float32,
+    **options: Any,
+) -> np.ndarray:
     """One call on a ring that needs both kinds of turns."""
     layout = layout_of(RING, n)
     rows = sum(run.length for run in layout.runs)
@@ -97,7 +102,9 @@ def attend(n: int = 1, head_dim: int = 16, dtype: mx.Dtype = mx.float32) -> np.n
     )
     # A rotation of its own: what one remembers for a layout is for one head_dim.
     rotation = Rotation(ROTATION.frequencies)
-    out = sink_attention(q, k, v[:, :, 1:], layout=layout, rotation=rotation, scale=0.5)
+    out = sink_attention(
+        *(q, k, v[:, :, 1:]), layout=layout, rotation=rotation, scale=0.5, **options
+    )
     return np.array(out.astype(mx.float32))
 
 
@@ -189,11 +196,43 @@ def test_a_kernel_that_fails_its_check_does_not_serve(
         attend()
 
 
-def _ops(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize(
+    ("name", "value", "good", "bad"),
+    [
+        ("softcap", 1.5, "cap * precise::tanh(score)", "precise::tanh(score)"),
+        ("learned", mx.array([1.0, 4.0, -1.0, 2.0]), "logit * M_LOG2E_F", "logit"),
+    ],
+)
+def test_softcap_and_learned_sinks_are_checked_for_themselves(
+    name: str,
+    value: object,
+    good: str,
+    bad: str,
+    launches: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A kernel that is right without them may be wrong with them."""
+    options: dict[str, Any] = {"softcap" if name == "softcap" else "learned_sinks": value}
+    wanted = _ops(monkeypatch, **options)
+    np.testing.assert_allclose(attend(**options), wanted, atol=2e-6)
+    assert len(launches) == 1
+    (kept,) = verdicts()
+    assert kept["kernel"] == f"decode-float32-d16-gqa2-n1-rope16-halves-{name}"
+    plant(monkeypatch, good, bad)
+    selfcheck.forget()
+    attend()
+    assert len(launches) == 2
+    with pytest.warns(RuntimeWarning, match=f"{name} is not used .*its results are off by"):
+        np.testing.assert_array_equal(attend(**options), wanted)
+    assert len(launches) == 2
+
+
+def _ops(monkeypatch: pytest.MonkeyPatch, **options: Any) -> np.ndarray:
     with monkeypatch.context() as patch:
         patch.setenv(selfcheck.SWITCH, "off")
         selfcheck.forget()
-        out = attend()
+        out = attend(**options)
     selfcheck.forget()
     return out
 

@@ -43,6 +43,11 @@ _RINGS = (
 )
 """One ring has wrapped in its first epoch; the window of the other spans two epochs."""
 
+_SOFTCAP = 2.0
+"""The size of a typical score."""
+_LOGIT = 6.5
+"""Mean of the learned logits, about that of the logarithm of the sum of the keys' weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Specialisation:
@@ -55,6 +60,8 @@ class Specialisation:
     n: int
     rotated: int
     interleaved: bool
+    softcap: bool = False
+    learned_sinks: bool = False
 
     @property
     def name(self) -> str:
@@ -64,7 +71,9 @@ class Specialisation:
         dims = f"d{self.head_dim}" + (
             "" if self.v_head_dim == self.head_dim else f"v{self.v_head_dim}"
         )
-        return f"decode-{dtype}-{dims}-gqa{self.group}-n{self.n}-rope{self.rotated}-{pairs}"
+        options = "-softcap" * self.softcap + "-learned" * self.learned_sinks
+        rows = f"gqa{self.group}-n{self.n}"
+        return f"decode-{dtype}-{dims}-{rows}-rope{self.rotated}-{pairs}{options}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,15 @@ class Verdict:
     reason: str
 
 
-def serves(queries: mx.array, keys: mx.array, values: mx.array, rotation: Rotation) -> bool:
+def serves(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    rotation: Rotation,
+    *,
+    softcap: float | None = None,
+    learned_sinks: mx.array | None = None,
+) -> bool:
     """Tell whether the decode kernel serves a call, checking it at the first of its kind.
 
     Args:
@@ -90,6 +107,8 @@ def serves(queries: mx.array, keys: mx.array, values: mx.array, rotation: Rotati
         keys: ``[B, n_kv_heads, rows, head_dim]``.
         values: ``[B, n_kv_heads, rows, v_head_dim]``.
         rotation: The layer's rotary embedding.
+        softcap: As in `decode.decode`.
+        learned_sinks: As in `decode.decode`.
 
     Raises:
         KernelError: `SWITCH` is ``on``, and there is no Metal or the check failed.
@@ -104,7 +123,9 @@ def serves(queries: mx.array, keys: mx.array, values: mx.array, rotation: Rotati
         return False
     return _is_trusted(
         Specialisation(
-            *(dtype, H // n_kv, D, values.shape[3], n, rotation.dims, rotation.interleaved)
+            *(dtype, H // n_kv, D, values.shape[3], n, rotation.dims, rotation.interleaved),
+            softcap=softcap is not None,
+            learned_sinks=learned_sinks is not None,
         )
     )
 
@@ -168,11 +189,18 @@ def check(spec: Specialisation) -> Verdict:
         [decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation) for a in layouts]
     )
     scale = 2.0 * spec.head_dim**-0.5
+    cap, logits = _SOFTCAP if spec.softcap else None, _logits(spec, heads)
     error = 0.0
     try:
-        wanted = _wanted(q, k, v, layouts, rotation, scale)
+        wanted = _wanted(q, k, v, layouts, rotation, scale, cap, logits)
         for splits in (1, 3):
-            out = decode.decode(q, k, v, tables, scale=scale, splits=splits)
+            out = decode.decode(
+                *(q, k, v, tables),
+                scale=scale,
+                softcap=cap,
+                learned_sinks=logits,
+                splits=splits,
+            )
             error = max(error, _error(out, wanted))
     except (RuntimeError, ValueError) as failure:
         lines = [line for line in str(failure).splitlines() if line.strip()]
@@ -188,6 +216,14 @@ def _rotation(spec: Specialisation) -> Rotation:
     return Rotation(frequencies, spec.interleaved)
 
 
+def _logits(spec: Specialisation, heads: int) -> mx.array | None:
+    """Return logits that weigh about as much as all keys together: small ones would not show."""
+    if not spec.learned_sinks:
+        return None
+    shape, key = (heads * spec.group,), mx.random.key(1)
+    return mx.random.normal(shape, loc=_LOGIT, key=key, stream=mx.cpu)
+
+
 def _wanted(
     q: mx.array,
     k: mx.array,
@@ -195,6 +231,8 @@ def _wanted(
     layouts: list[Layout],
     rotation: Rotation,
     scale: float,
+    cap: float | None,
+    logits: mx.array | None,
 ) -> mx.array:
     """Work out in float32 and on the CPU, where matrix products are not cut to TF32."""
     outputs: list[mx.array] = []
@@ -208,7 +246,11 @@ def _wanted(
             }
             keys, values = (x[b : b + 1].astype(mx.float32) for x in (k, v))
             window = layout.ring.window
-            outputs.append(reference.attend(queries, keys, values, block, window))
+            outputs.append(
+                reference.attend(
+                    queries, keys, values, block, window, softcap=cap, learned_sinks=logits
+                )
+            )
         return mx.concatenate(outputs)
 
 
