@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from mlx_sink import reference
 from mlx_sink.kernels import selfcheck
-from mlx_sink.kernels.decode import decode, tables_of
+from mlx_sink.kernels.decode import decode, fits, tables_of
 from mlx_sink.ring import Block, Layout, Turn, blocks_of
 from mlx_sink.rope import Rotation
 
@@ -53,8 +53,9 @@ def sink_attention(
 
     Rule: where no key of a block needs a turn (before the first wrap, without sinks, or in a
     layer without positions) and no score is capped, MLX's fused attention; elsewhere, for a
-    single new token, the Metal kernel `kernels.decode` if this machine has Metal and the kernel
-    has passed its check there (`kernels.selfcheck`); for everything else `reference.attend`.
+    call of at most 8 new tokens whose keys lie in at most 8 ranges (`kernels.decode.fits`), the
+    kernel `kernels.decode` if it has passed its check on this machine, for as many tokens
+    (`kernels.selfcheck.serves`); for everything else `reference.attend`.
     """
     turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window
@@ -70,15 +71,15 @@ def sink_attention(
 
     def attend(block: Block) -> mx.array:
         rows = slice(block.first - start, block.last - start)
+        q = queries if block.n == layout.n else queries[:, :, rows]
         if softcap is None and (rotation.is_identity or block.turns == STILL):
-            q = queries if block.n == layout.n else queries[:, :, rows]
             return reference.attend_fused(q, keys, values, block, window, scale, learned_sinks)
-        if layout.n == 1 and selfcheck.serves(
-            *(queries, keys, values, rotation), softcap=softcap, learned_sinks=learned_sinks
+        if fits(layout, block) and selfcheck.serves(
+            *(q, keys, values, rotation), softcap=softcap, learned_sinks=learned_sinks
         ):
             tables = tables_of(layout, block, rotation)
             return decode(
-                *(queries, keys, values, tables),
+                *(q, keys, values, tables),
                 scale=scale,
                 softcap=softcap,
                 learned_sinks=learned_sinks,

@@ -130,6 +130,7 @@ def examine(
     groups: Sequence[int],
     config: SinkConfig,
     rounds: int = 10,
+    queries: Sequence[int] = (1,),
 ) -> dict[str, Any]:
     """Check and time specialisations on this machine.
 
@@ -139,15 +140,16 @@ def examine(
         groups: Query heads for each kv head.
         config: The ring that is timed.
         rounds: Rounds of a timing.
+        queries: New tokens of a step.
 
     Returns:
         A JSON-ready dictionary: ``machine``, ``metal`` and a list of ``kernels``.
     """
     metal = source.is_available()
     kernels: list[dict[str, Any]] = []
-    kinds = list(itertools.product(dtypes, head_dims, groups))
-    for dtype, head_dim, group in tqdm(kinds, desc="checking", unit="kernel", leave=False):
-        spec = Specialisation(*(DTYPES[dtype], group, head_dim, head_dim, 1, head_dim, False))
+    kinds = list(itertools.product(dtypes, head_dims, groups, queries))
+    for dtype, head_dim, group, n in tqdm(kinds, desc="checking", unit="kernel", leave=False):
+        spec = Specialisation(*(DTYPES[dtype], group, head_dim, head_dim, n, head_dim, False))
         verdict = selfcheck.check(spec) if metal else None
         ran = verdict is not None and verdict.error is not None
         times = measure(spec, config, rounds=rounds, kernel=ran)
@@ -224,6 +226,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--dtype", nargs="+", choices=DTYPES)
     p.add_argument("--head-dim", nargs="+", type=_positive)
     p.add_argument("--group", nargs="+", type=_positive, help="query heads for each kv head")
+    p.add_argument(
+        "--queries",
+        nargs="+",
+        type=_positive,
+        default=[1, 4] if metal else [1],
+        help="new tokens of a step, at most 8",
+    )
     p.add_argument("--rounds", type=_positive, default=10, help="rounds of each timing (10)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     args = p.parse_args(arguments)
@@ -231,8 +240,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--head-dim must be multiples of 16, got {args.head_dim}")
     if max(args.group) > 16:
         raise ConfigError(f"--group must be at most 16, got {max(args.group)}")
+    if max(args.queries) > decode.MAX_QUERIES:
+        most = decode.MAX_QUERIES
+        raise ConfigError(f"--queries must be at most {most}, got {max(args.queries)}")
     config = SinkConfig.for_context(None, args.num_sinks, args.window)
-    found = examine(args.dtype, args.head_dim, args.group, config, args.rounds)
+    kinds = (args.dtype, args.head_dim, args.group)
+    found = examine(*kinds, config, args.rounds, args.queries)
     cli.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
     return int(any(row["passed"] is False for row in found["kernels"]))
 

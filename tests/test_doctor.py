@@ -42,12 +42,13 @@ def test_without_metal_it_says_so_and_times_the_rest(capsys: pytest.CaptureFixtu
 
 @pytest.mark.usefixtures("metal")
 def test_a_right_kernel(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    assert main([*SMALL, "--dtype", "float32", "--json"]) == 0
+    assert main([*SMALL, "--dtype", "float32", "--queries", "1", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    (row,) = found["kernels"]
-    assert row["passed"]
-    assert row["max_error"] < 2e-6
-    assert row["kernel_us"] > 0
+    assert ["-n1-" in row["kernel"] for row in found["kernels"]] == [True, False]
+    for row in found["kernels"]:
+        assert row["passed"]
+        assert row["max_error"] < 2e-6
+        assert row["kernel_us"] > 0
     assert {"gpu", "architecture", "text"} <= set(found["machine"])
     assert not list(tmp_path.iterdir()), "it neither reads nor keeps verdicts"
 
@@ -56,7 +57,7 @@ def test_a_right_kernel(capsys: pytest.CaptureFixture[str], tmp_path: Path):
 def test_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
     monkeypatch.setattr(selfcheck, "check", lambda spec: wrong)
-    assert main([*SMALL, "--dtype", "float32"]) == 1
+    assert main([*SMALL, "--dtype", "float32", "--queries", "1"]) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out
     assert "off by 0.25" in out
@@ -67,6 +68,7 @@ def test_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     [
         (["--head-dim", "40"], "--head-dim must be multiples of 16"),
         (["--group", "17"], "--group must be at most 16, got 17"),
+        (["--queries", "1", "9"], "--queries must be at most 8, got 9"),
         (["--window", "0"], "window must be at least 1"),
     ],
 )

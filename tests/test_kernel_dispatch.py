@@ -24,6 +24,7 @@ from mlx_sink import SinkConfig, attention
 from mlx_sink.attention import sink_attention
 from mlx_sink.errors import ConfigError, KernelError
 from mlx_sink.generate import main
+from mlx_sink.kernels import decode as kernel
 from mlx_sink.kernels import selfcheck, source
 from mlx_sink.ring import Ring, layout_of
 from mlx_sink.rope import Rotation
@@ -126,13 +127,73 @@ def test_decode_steps_go_to_the_kernel_once_checked(launches: list[tuple[int, ..
     assert kept["kernel"] == "decode-float32-d16-gqa2-n1-rope16-halves"
     assert kept["passed"]
     assert kept["error"] < 2e-6
-    assert attend(n=3).shape == (1, 4, 3, 16)
     assert attend(head_dim=24).shape == (1, 4, 1, 24)
+    assert attend(n=9).shape == (1, 4, 9, 16)
     assert len(launches) == 1, "chunks, and heads that 16 does not divide, are served by ops"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(selfcheck.SWITCH, "off")
         selfcheck.forget()
         np.testing.assert_allclose(out, attend(), atol=1e-6)
+    assert len(launches) == 1
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize("n", range(2, 9))
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}], ids=["plain", "softcap"])
+def test_a_few_new_tokens_go_to_the_kernel(
+    n: int,
+    options: dict[str, Any],
+    launches: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Each number of tokens under a verdict of its own; the ops say what it must give."""
+    wanted = _ops(monkeypatch, n=n, **options)
+    assert not launches
+    np.testing.assert_allclose(attend(n, **options), wanted, atol=2e-6)
+    assert launches == [(1, 4, n, 16)]
+    (kept,) = verdicts()
+    assert f"-n{n}-" in kept["kernel"]
+
+
+@pytest.mark.usefixtures("metal")
+def test_the_end_of_a_chunk_is_not_a_decode_step(
+    launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    """Blocks of a chunk that are small by chance would each ask for a kernel of their own."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    attend(n=9)
+    assert not launches
+    attend(n=7)
+    assert launches == [(1, 4, 4, 16), (1, 4, 3, 16)]
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize(("n", "most"), [(1, 1), (3, 2)])
+def test_keys_in_too_many_ranges_go_to_the_ops(
+    n: int, most: int, launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    """By rule, not by the launcher's error."""
+    wanted = _ops(monkeypatch, n=n)
+    monkeypatch.setattr(kernel, "MAX_RANGES", most)
+    np.testing.assert_array_equal(attend(n), wanted)
+    assert not launches
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [("token > query - sight.reach", "true"), ("token <= query", "true"),
+     ("* L + row % L) * DIMS", "* L + 0) * DIMS")],
+    ids=["evicted keys seen", "later keys seen", "turn of another query"],
+)  # fmt: skip
+def test_mistakes_that_only_several_tokens_show(
+    good: str, bad: str, launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    plant(monkeypatch, good, bad)
+    attend(1)
+    assert len(launches) == 1, "a single token sees all that is in its ranges"
+    with pytest.warns(RuntimeWarning, match="n3.* is not used .*its results are off by"):
+        attend(3)
     assert len(launches) == 1
 
 

@@ -74,6 +74,16 @@ class Tables:
         )
 
 
+def fits(layout: Layout, block: Block) -> bool:
+    """Tell whether a block of a call is small enough for the kernel.
+
+    The end of a long chunk is not, whatever its size: every number of queries is compiled and
+    checked for itself, and chunks would ask for all of them.
+    """
+    pieces = block.spans if block.n == 1 else block.ranges
+    return layout.n <= MAX_QUERIES and len(pieces) <= MAX_RANGES
+
+
 @functools.lru_cache(maxsize=4)
 def tables_of(layout: Layout, block: Block, rotation: Rotation) -> Tables:
     """Make the tables of a block of queries; all layers of a model ask for the same in a step.
