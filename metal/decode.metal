@@ -4,6 +4,7 @@
 // ranges [B or 1, 8, 8] int32: up to 8 runs of live rows, in the order they are met. Columns:
 //   0 first row, 1 rows, 2 turn (0 none, 1 previous epoch, 2 sinks), 3 edge, 4 token, 5 reach
 //   (the last three are a Sight).
+// k and v may be strided: a slice of a ring is not copied. q and the tables are contiguous.
 // turns [B or 1, 2 * L * DIMS or more] float32: for turns 1 and 2, for each query, DIMS / 2 cosines
 //   and as many sines.
 // learned [H or more] float32: learned sink logits. scalars [8] float32: factor on q, softcap,
@@ -43,8 +44,13 @@ const int b = int(threadgroup_position_in_grid.z);
 const size_t head = size_t(b) * threadgroups_per_grid.y + size_t(hk);
 
 const device T* q_rows = q + head * R * D;
-const device T* k_rows = k + head * size_t(k_shape[2]) * D;
-const device T* v_rows = v + head * size_t(k_shape[2]) * DV;
+const device T* k_rows = k + b * size_t(k_strides[0]) + hk * size_t(k_strides[1]);
+const device T* v_rows = v + b * size_t(v_strides[0]) + hk * size_t(v_strides[1]);
+const int k_row = int(k_strides[2]);
+const int v_row = int(v_strides[2]);
+// Whole vectors are loaded where a row's elements are neighbours and rows begin where vectors may.
+const int k_step = int(k_strides[3]);
+const int v_step = int(v_strides[3]);
 const device int* table = ranges + (ranges_shape[0] == 1 ? 0 : b) * 64;
 const device float* turn_rows = turns + (turns_shape[0] == 1 ? 0 : b * turns_shape[1]);
 
@@ -102,34 +108,39 @@ for (int i = 0; i < 8; ++i) {
     for (int at = low; at < high; at += TK) {
       const int n = min(TK, high - at);
       const size_t row = size_t(range[0] + at);
-      load_tile<T, TK, EK, WK, KVec>(k_rows + row * D + first_k, D, n, idle_k, k_tile);
-      load_tile<T, TK, EV, WV, VVec>(v_rows + row * DV + first_v, DV, n, idle_v, v_tile);
+      load_tile<T, TK, EK, WK, KVec>(
+          k_rows + row * k_row + first_k * k_step, k_row, k_step, n, idle_k, k_tile);
+      load_tile<T, TK, EV, WV, VVec>(
+          v_rows + row * v_row + first_v * v_step, v_row, v_step, n, idle_v, v_tile);
       sight.token = range[4] + at;
       attend_tile<T, L, TK, SOFTCAP>(
           rows, k_tile, v_tile, n, sight, row0, scalars[1], lane);
     }
   } else {
     // All simdgroups have the same slice, so all of them meet at these barriers.
-    const device vec<T, 4>* k_from = reinterpret_cast<const device vec<T, 4>*>(k_rows);
-    const device vec<T, 4>* v_from = reinterpret_cast<const device vec<T, 4>*>(v_rows);
     const threadgroup T* k_staged = reinterpret_cast<const threadgroup T*>(staged);
     const threadgroup T* v_staged = k_staged + TILE * D;
+    T part[4];
     for (int at = low; at < high; at += TILE) {
       const int n = min(TILE, high - at);
       const size_t row = size_t(range[0] + at);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int c = int(thread_index_in_threadgroup); c < n * D / 4; c += 32 * RG) {
-        staged[c] = k_from[row * (D / 4) + c];
+        const device T* from = k_rows + (row + c / (D / 4)) * k_row + c % (D / 4) * 4 * k_step;
+        load_run<T, 4, 4, const device vec<T, 4>*>(from, k_step, part);
+        staged[c] = vec<T, 4>(part[0], part[1], part[2], part[3]);
       }
       for (int c = int(thread_index_in_threadgroup); c < n * DV / 4; c += 32 * RG) {
-        staged[TILE * D / 4 + c] = v_from[row * (DV / 4) + c];
+        const device T* from = v_rows + (row + c / (DV / 4)) * v_row + c % (DV / 4) * 4 * v_step;
+        load_run<T, 4, 4, const device vec<T, 4>*>(from, v_step, part);
+        staged[TILE * D / 4 + c] = vec<T, 4>(part[0], part[1], part[2], part[3]);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int t = 0; t < n; t += TK) {
         load_tile<T, TK, EK, WK, StagedKVec>(
-            k_staged + t * D + first_k, D, n - t, idle_k, k_tile);
+            k_staged + t * D + first_k, D, 1, n - t, idle_k, k_tile);
         load_tile<T, TK, EV, WV, StagedVVec>(
-            v_staged + t * DV + first_v, DV, n - t, idle_v, v_tile);
+            v_staged + t * DV + first_v, DV, 1, n - t, idle_v, v_tile);
         sight.token = range[4] + at + t;
         attend_tile<T, L, TK, SOFTCAP>(
             rows, k_tile, v_tile, n - t, sight, row0, scalars[1], lane);

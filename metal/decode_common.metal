@@ -21,9 +21,16 @@ struct Sight {
   int reach;  // query j sees tokens j - reach + 1 .. j
 };
 
-// E consecutive elements, W at a time: V points to vectors of W, in the address space of P.
+// E elements of a row, `step` apart. Neighbours (step 1) come W at a time: V points to vectors of
+// W, in the address space of P.
 template <typename T, int E, int W, typename V, typename P>
-METAL_FUNC void load_run(P from, thread T* to) {
+METAL_FUNC void load_run(P from, int step, thread T* to) {
+  if (step != 1) {
+    for (int e = 0; e < E; ++e) {
+      to[e] = from[e * step];
+    }
+    return;
+  }
   for (int i = 0; i < E / W; ++i) {
     const vec<T, W> part = reinterpret_cast<V>(from)[i];
     for (int j = 0; j < W; ++j) {
@@ -35,17 +42,17 @@ METAL_FUNC void load_run(P from, thread T* to) {
 // A lane's E dimensions of the first n of TK keys, zero for the rest: a slot that is not live may
 // hold anything, and zero times anything is not zero. Idle lanes, beyond the head, get zeros.
 template <typename T, int TK, int E, int W, typename V, typename P>
-METAL_FUNC void load_tile(P from, int stride, int n, bool idle, thread T* tile) {
+METAL_FUNC void load_tile(P from, int stride, int step, int n, bool idle, thread T* tile) {
   const int held = idle ? 0 : n;
   if (held >= TK) {
     for (int j = 0; j < TK; ++j) {
-      load_run<T, E, W, V>(from + j * stride, tile + j * E);
+      load_run<T, E, W, V>(from + j * stride, step, tile + j * E);
     }
     return;
   }
   for (int j = 0; j < TK; ++j) {
     if (j < held) {
-      load_run<T, E, W, V>(from + j * stride, tile + j * E);
+      load_run<T, E, W, V>(from + j * stride, step, tile + j * E);
     } else {
       for (int e = 0; e < E; ++e) {
         tile[j * E + e] = static_cast<T>(0.0f);

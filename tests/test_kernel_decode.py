@@ -196,6 +196,42 @@ def test_other_schedules_give_the_same(group: int, monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(outs[0], outs[2])
 
 
+def view_of(x: mx.array, kind: str) -> mx.array:
+    """The same numbers in memory of another order; what lies between is NaN."""
+    B, heads, rows, dim = x.shape
+    wide = mx.full((B + 1, heads + 1, rows + 5, dim + 16), mx.nan, x.dtype)
+    match kind:
+        case "slice":
+            wide[:B, 1:, 3 : rows + 3, 16:] = x
+            return wide[:B, 1:, 3 : rows + 3, 16:]
+        case "rows before heads":
+            return mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2)
+        case "every second":
+            wide = mx.full((2 * B, heads, rows, 2 * dim), mx.nan, x.dtype)
+            wide[::2, :, :, ::2] = x
+            return wide[::2, :, :, ::2]
+        case _:
+            return mx.contiguous(x.swapaxes(2, 3)).swapaxes(2, 3)
+
+
+@pytest.mark.parametrize("kind", ["slice", "rows before heads", "every second", "transposed"])
+@pytest.mark.parametrize("group", [2, 16])
+@pytest.mark.parametrize("dims", [(32, 32), (64, 32)])
+def test_strided(kind: str, group: int, dims: tuple[int, int]):
+    """Keys and values are read where they lie, and the result is that of contiguous ones."""
+    rings = (SWITCH[0], AFTER[0])
+    case = Case(rings, mx.float16, *dims, group=group, n=3, learned=True, splits=2)
+    a = arrays(case)
+    k, v = view_of(a.k, kind), view_of(a.v, kind)
+    q = view_of(a.q, "rows before heads")
+    learned = mx.repeat(a.learned, 2)[::2]
+    strided = Arrays(q, k, v, learned, a.tables, a.scale)
+    mx.eval(k, v, q, learned)
+    assert memoryview(k).strides != memoryview(a.k).strides
+    np.testing.assert_array_equal(np.array(run(case, strided)), np.array(run(case, a)))
+    assert error(case, a, run(case, strided)) <= TOLERANCES[case.dtype]
+
+
 # head_dim, query heads a kv head, queries, simd operations a key and row at most. Tiles of 8 keys
 # need (9 + 3 + 8) / 8; MLX's own kernel has one simd_sum, which is five steps.
 TRAFFIC = [

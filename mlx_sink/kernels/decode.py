@@ -169,10 +169,11 @@ def decode(
 
     Args:
         queries: ``[B, n_heads, L, head_dim]`` after RoPE; float16, bfloat16 or float32.
-        keys: ``[B, n_kv_heads, rows, head_dim]`` after RoPE, the whole ring: a slice of it
-            would be copied at every call. Its memory begins at a whole row, as that of any
-            array but a view across rows does: the kernel loads up to 16 bytes at once.
-        values: ``[B, n_kv_heads, rows, v_head_dim]``.
+        keys: ``[B, n_kv_heads, rows, head_dim]`` after RoPE: a ring or any view of one, which
+            is read where it lies. Where a row's elements are neighbours, rows lie 4 elements
+            or a multiple of that apart and begin likewise (a view ``[..., 1:]`` does not): the
+            kernel loads up to 16 bytes at once.
+        values: ``[B, n_kv_heads, rows, v_head_dim]``, likewise.
         tables: Which rows each sequence sees, and how its queries are turned.
         scale: Factor on q.k.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
@@ -199,7 +200,7 @@ def decode(
     learned = _zeros() if learned_sinks is None else _padded(learned_sinks)
     (out,) = _pass_1()(
         inputs=[
-            *(queries, keys, values, tables.ranges, tables.turns),
+            *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
             *(learned, _scalars(scale, softcap)),
         ],
         template=launch.template,
@@ -356,7 +357,7 @@ def _scalars(scale: float, softcap: float | None) -> mx.array:
 
 
 def _padded(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
+    logits = mx.contiguous(logits.astype(mx.float32))
     return mx.pad(logits, (0, 8 - logits.size)) if logits.size < 8 else logits
 
 

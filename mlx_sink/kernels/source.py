@@ -64,6 +64,9 @@ def build(
 ) -> Kernel:
     """Build the kernel of a file of text, once.
 
+    Its inputs are taken as they lie, strided or not: MLX would otherwise copy a strided one at
+    every call, and say nothing.
+
     Args:
         name: The file of its body, and its name; MLX adds the template's values to it, so that
             every specialisation has a name of its own.
@@ -77,6 +80,7 @@ def build(
         output_names=list(output_names),
         source=text(name),
         header=text(header),
+        ensure_row_contiguous=False,
     )
     return cast("Kernel", kernel)
 
