@@ -200,9 +200,9 @@ if (slice == 0) {
       float l = rows.l[r];
       if (SINGLE) {
         if (LSINK) {
-          const float2 sunk = with_learned_sink(rows.m[r], l, learned[hk * G + row / L]);
-          factor = sunk.x;
-          l = sunk.y;
+          const vec<float, 2> sunk = with_learned_sink(rows.m[r], l, learned[hk * G + row / L]);
+          factor = sunk[0];
+          l = sunk[1];
         }
         factor = l > 0.0f ? factor / l : 0.0f;
       }

@@ -163,9 +163,9 @@ METAL_FUNC void attend_tile(
 
 // What a learned sink does to a softmax: a key without a value, whose score is the logit.
 // Returns the factor on everything so far, and the new sum of weights.
-METAL_FUNC float2 with_learned_sink(float m, float l, float logit) {
+METAL_FUNC vec<float, 2> with_learned_sink(float m, float l, float logit) {
   const float score = logit * M_LOG2E_F;
   const float top = max(m, score);
   const float fade = fast::exp2(m - top);
-  return float2(fade, l * fade + fast::exp2(score - top));
+  return vec<float, 2>(fade, l * fade + fast::exp2(score - top));
 }

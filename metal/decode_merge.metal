@@ -36,9 +36,9 @@ for (int s = 0; s < splits; ++s) {
 }
 float factor = 1.0f;
 if (LSINK) {
-  const float2 sunk = with_learned_sink(m, l, learned[hk * G + row / L]);
-  factor = sunk.x;
-  l = sunk.y;
+  const vec<float, 2> sunk = with_learned_sink(m, l, learned[hk * G + row / L]);
+  factor = sunk[0];
+  l = sunk[1];
 }
 factor = l > 0.0f ? factor / l : 0.0f;
 for (int i = 0; i < E; ++i) {

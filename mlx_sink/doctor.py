@@ -1,4 +1,4 @@
-"""``python -m mlx_sink.doctor``: is the Metal kernel right on this machine, and what does it gain?
+"""``python -m mlx_sink.doctor``: is the kernel right on this machine, and what does it gain?
 
 Checks every common specialisation anew, whatever verdict was kept, and times one decode step of
 one attention layer. Without Metal it times what serves there.
@@ -143,14 +143,15 @@ def examine(
         queries: New tokens of a step.
 
     Returns:
-        A JSON-ready dictionary: ``machine``, ``metal`` and a list of ``kernels``.
+        A JSON-ready dictionary: ``machine``, ``metal``, ``backend`` (``metal``, ``cuda`` or
+        empty), ``ring`` and a list of ``kernels``.
     """
-    metal = source.is_available()
+    available = source.is_available()
     kernels: list[dict[str, Any]] = []
     kinds = list(itertools.product(dtypes, head_dims, groups, queries))
     for dtype, head_dim, group, n in tqdm(kinds, desc="checking", unit="kernel", leave=False):
         spec = Specialisation(*(DTYPES[dtype], group, head_dim, head_dim, n, head_dim, False))
-        verdict = selfcheck.check(spec) if metal else None
+        verdict = selfcheck.check(spec) if available else None
         ran = verdict is not None and verdict.error is not None
         times = measure(spec, config, rounds=rounds, kernel=ran)
         kernels.append(
@@ -158,7 +159,7 @@ def examine(
                 "kernel": spec.name,
                 "passed": verdict.passed if verdict else None,
                 "max_error": verdict.error if verdict else None,
-                "reason": verdict.reason if verdict else "no Metal",
+                "reason": verdict.reason if verdict else "no Metal, no CUDA",
                 "kernel_us": times.kernel,
                 "ops_us": times.ops,
                 "sdpa_us": times.sdpa,
@@ -166,7 +167,8 @@ def examine(
         )
     return {
         "machine": _machine(),
-        "metal": metal,
+        "metal": source.backend() == "metal",
+        "backend": source.backend(),
         "ring": {**config.to_dict(), "n_kv_heads": N_KV_HEADS},
         "kernels": kernels,
     }
@@ -193,8 +195,12 @@ def _version(package: str) -> str:
 def as_text(found: dict[str, Any]) -> str:
     """Write what `examine` found for people."""
     lines = [f"{name:>12}  {value}" for name, value in found["machine"].items()]
-    if not found["metal"]:
-        lines.append("no Metal on this machine: the plain operations serve, and are timed here")
+    if found["backend"] == "cuda":
+        lines.append("the kernels run through CUDA, for which their text has only been compiled")
+    if not found["backend"]:
+        lines.append(
+            "no Metal on this machine, and no CUDA: the plain operations serve, and are timed here"
+        )
     ring = found["ring"]
     lines.append(
         f"one decode step of one layer, {ring['num_sinks']} sinks + window {ring['window']}, "
@@ -220,9 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if a kernel is wrong on this machine."""
     p = cli.Parser(prog=PROG, description=DESCRIPTION)
     cli.add_sink_options(p)
-    metal = source.is_available()
+    available = source.is_available()
     common = {"dtype": ("float16", "bfloat16"), "head_dim": HEAD_DIMS, "group": GROUPS}
-    p.set_defaults(**(common if metal else FEW))
+    p.set_defaults(**(common if available else FEW))
     p.add_argument("--dtype", nargs="+", choices=DTYPES)
     p.add_argument("--head-dim", nargs="+", type=_positive)
     p.add_argument("--group", nargs="+", type=_positive, help="query heads for each kv head")
@@ -230,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--queries",
         nargs="+",
         type=_positive,
-        default=[1, 4] if metal else [1],
+        default=[1, 4] if available else [1],
         help="new tokens of a step, at most 8",
     )
     p.add_argument("--rounds", type=_positive, default=10, help="rounds of each timing (10)")

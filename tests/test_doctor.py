@@ -20,7 +20,7 @@ SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
 def metal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path))
     monkeypatch.setattr(mx.fast, "metal_kernel", host_metal.metal_kernel)
-    monkeypatch.setattr(source, "is_available", lambda: True)
+    monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
     monkeypatch.setattr("mlx_sink.doctor.STEPS", 1)
     selfcheck.forget()

@@ -59,7 +59,7 @@ class Runner(host_metal.HostKernel):
 def metal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with Metal, whose GPU is the runner."""
     monkeypatch.setattr(mx.fast, "metal_kernel", Runner)
-    monkeypatch.setattr(source, "is_available", lambda: True)
+    monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
 
 

@@ -137,7 +137,7 @@ def is_wanted() -> bool:
     if mode not in ("auto", "on", "off"):
         raise ConfigError(f"{SWITCH} must be auto, on or off, got {mode!r}")
     if mode == "on" and not source.is_available():
-        raise KernelError(f"{SWITCH} is on, but MLX has no Metal on this machine")
+        raise KernelError(f"{SWITCH} is on, but MLX has no Metal and no CUDA on this machine")
     return mode != "off" and source.is_available()
 
 
@@ -147,7 +147,7 @@ def _is_trusted(spec: Specialisation) -> bool:
     verdict = verdict_of(spec)
     if verdict.passed:
         return True
-    message = f"the Metal kernel {spec.name} is not used on this machine: {verdict.reason}"
+    message = f"the kernel {spec.name} is not used on this machine: {verdict.reason}"
     if os.environ.get(SWITCH) == "on":
         raise KernelError(message)
     warnings.warn(
@@ -275,6 +275,7 @@ def machine() -> dict[str, str]:
         "architecture": str(info.get("architecture", "")),
         "system": platform.platform(),
         "mlx": version("mlx"),
+        "backend": source.backend(),
         "text": source.stamp(*decode.TEXTS),
     }
 

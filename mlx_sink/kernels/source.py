@@ -1,4 +1,4 @@
-"""The text of the Metal kernels: found, cleared of comments, and built."""
+"""The text of the kernels: found, cleared of comments, and built for Metal or for CUDA."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 
 _COMMENT = re.compile(r"[ \t]*//[^\n]*")
+_SHARED = re.compile(r"^threadgroup\b", re.M)
+"""A variable of a threadgroup; a pointer that names the space never begins a line."""
+_SPACE = re.compile(r"\b(?:device|constant|threadgroup|thread)\s+")
 
 
 class Kernel(Protocol):
-    """What `mx.fast.metal_kernel` returns."""
+    """What `mx.fast.metal_kernel` and `mx.fast.cuda_kernel` return."""
 
     def __call__(
         self,
@@ -31,9 +34,16 @@ class Kernel(Protocol):
         ...
 
 
+def backend() -> str:
+    """Return what MLX runs kernels with on this machine: ``metal``, ``cuda`` or nothing."""
+    if mx.metal.is_available():
+        return "metal"
+    return "cuda" if mx.cuda.is_available() else ""
+
+
 def is_available() -> bool:
     """Tell whether MLX can run the kernels on this machine."""
-    return mx.metal.is_available()
+    return bool(backend())
 
 
 def device() -> mx.Device:
@@ -55,7 +65,22 @@ def text(name: str) -> str:
     MLX hashes the text at every call, and looks for names of its own in comments too.
     """
     raw = (folder() / f"{name}.metal").read_text(encoding="ascii")
+    return _cleared(raw)
+
+
+def _cleared(raw: str) -> str:
     return "\n".join(line for line in _COMMENT.sub("", raw).splitlines() if line.strip()) + "\n"
+
+
+def for_cuda(metal: str) -> str:
+    """Return a text as CUDA reads it: pointers name no address space, shared variables do."""
+    return _SPACE.sub("", _SHARED.sub("__shared__", metal))
+
+
+@functools.cache
+def cuda_header() -> str:
+    """Return what stands for the Metal library before a text that goes to CUDA."""
+    return _cleared((folder() / "cuda.h").read_text(encoding="ascii"))
 
 
 @functools.cache
@@ -74,17 +99,24 @@ def build(
         input_names: Its inputs, in order.
         output_names: Its outputs, in order.
     """
-    kernel = mx.fast.metal_kernel(
-        name=f"mlx_sink_{name}",
+    # MLX keeps compiled CUDA on disk by the kernel's name alone: there the name tells the text.
+    cuda = backend() == "cuda"
+    make = mx.fast.cuda_kernel if cuda else mx.fast.metal_kernel
+    kernel = make(
+        name=f"mlx_sink_{name}" + (f"_{stamp(name, header)}" if cuda else ""),
         input_names=list(input_names),
         output_names=list(output_names),
-        source=text(name),
-        header=text(header),
+        source=for_cuda(text(name)) if cuda else text(name),
+        header=cuda_header() + for_cuda(text(header)) if cuda else text(header),
         ensure_row_contiguous=False,
     )
     return cast("Kernel", kernel)
 
 
 def stamp(*names: str) -> str:
-    """Return a hash of files of kernel text: what was found about one text holds for no other."""
-    return hashlib.sha256("\0".join(map(text, names)).encode()).hexdigest()[:16]
+    """Return a hash of files of kernel text, and of what stands before them on this machine.
+
+    What was found about one text holds for no other.
+    """
+    parts = [backend(), cuda_header(), *map(text, names)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
