@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from cuda_unit import CudaKernel, nvcc, said_of
 from decode_case import Case, ring_at, run
 
+from mlx_sink.attention import sink_attention
 from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import source
+from mlx_sink.kernels import selfcheck, source
+from mlx_sink.ring import layout_of
+from mlx_sink.rope import Rotation
 
 RING = (ring_at(4, 90, 215, epoch=100),)
 CASES = {
@@ -97,3 +101,20 @@ def test_a_name_tells_the_text(monkeypatch: pytest.MonkeyPatch):
     assert isinstance(first, CudaKernel)
     assert isinstance(again, CudaKernel)
     assert first.name != again.name
+
+
+def test_it_serves_only_where_it_matches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The stand-in gives zeros, as a kernel might that compiles and is wrong."""
+    monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
+    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path))
+    monkeypatch.delenv(selfcheck.SWITCH, raising=False)
+    selfcheck.forget()
+    rotation = Rotation([1.0, 0.5, 0.25, 0.1, 1.0, 0.5, 0.25, 0.1])
+    layout = layout_of(RING[0], 2)
+    q, k = mx.ones((1, 2, 2, 16)), mx.ones((1, 2, RING[0].live + 2, 16))
+    with pytest.warns(RuntimeWarning, match="is not used on this machine: its results are off"):
+        out = sink_attention(q, k, k, layout=layout, rotation=rotation, scale=0.5)
+    assert mx.allclose(out, mx.ones_like(out)), "the plain operations served"
+    (kept,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert kept["backend"] == "cuda"
+    selfcheck.forget()
