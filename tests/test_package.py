@@ -28,7 +28,9 @@ LAYERS = [
     {"attention"},
     {"cache"},
     {"attach"},
-    {"session"},
+    {"detokenize", "randomness"},
+    {"text", "loop"},
+    {"stream"},
 ]
 """Each module may import those of the sets before its own; every other module is a job."""
 
