@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NamedTuple, cast
@@ -20,6 +21,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 
 from mlx_sink.errors import CacheError
 from mlx_sink.randomness import seeded
+from mlx_sink.trees import copied
 
 Sampler = Callable[[mx.array], mx.array]
 """From log probabilities ``[1, vocabulary]`` to a token ``[1]``."""
@@ -207,6 +209,18 @@ class Loop:
         (token, logprobs), after = seeded(key, draw)
         _start(token, logprobs, *([] if after is None else [after]))
         return _Sampled(token, logprobs, after)
+
+    def fork(self) -> Loop:
+        """Return a copy that goes its own way from here."""
+        with self.stepping():
+            caches = [copy(cache) for cache in self.caches]
+            for mine, other in zip(self.caches, caches, strict=True):
+                other.state = copied(mine.state)
+            window = self.recent.maxlen or PENALTY_WINDOW
+            fork = Loop(self.model, caches, key=self.key, penalty_window=window)
+            fork.logits, fork.position = self.logits, self.position
+            fork.recent.extend(self.recent)
+            return fork
 
     def settle(self) -> None:
         """Wait for everything under way, so that another thread may go on."""

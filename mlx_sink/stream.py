@@ -1,9 +1,10 @@
-"""Text in, endless text out: `Stream`, and the functions that are thin uses of it."""
+"""Text in, endless text out: one stream, to feed, to let write, to save and to copy."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from threading import Event
 from typing import Any, cast
 
@@ -12,9 +13,10 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_sink import session
 from mlx_sink.attach import make_cache
 from mlx_sink.detokenize import detokenizer_for
-from mlx_sink.errors import InputError
+from mlx_sink.errors import InputError, SessionError
 from mlx_sink.loop import (
     PENALTY_WINDOW,
     PREFILL_STEP,
@@ -44,6 +46,10 @@ class Stream:
         seed: Of the stream's random numbers; by default drawn from MLX's own.
         penalty_window: Newest tokens that logits processors (repetition penalties) see.
 
+    Attributes:
+        tokenizer: mlx-lm's ``TokenizerWrapper``.
+        note: What `save` noted, where the stream was resumed.
+
     Raises:
         CacheError: The model is not attached.
         InputError: The penalty window is empty.
@@ -57,21 +63,18 @@ class Stream:
         seed: int | None = None,
         penalty_window: int = PENALTY_WINDOW,
     ):
-        self._begin(model, tokenizer, make_cache(model), fresh_key(seed), penalty_window)
-
-    def _begin(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        caches: list[Any],
-        key: mx.array | None,
-        penalty_window: int = PENALTY_WINDOW,
-    ) -> None:
         if penalty_window < 1:
             raise InputError(f"penalty_window must be at least 1, got {penalty_window}")
-        self._loop = Loop(model, caches, key=key, penalty_window=penalty_window)
+        caches: list[Any] = list(make_cache(model))
+        key = fresh_key(seed)
+        self._begin(Loop(model, caches, key=key, penalty_window=penalty_window), tokenizer)
+
+    def _begin(self, loop: Loop, tokenizer: Any) -> None:
+        self._loop = loop
         wrapped = isinstance(tokenizer, TokenizerWrapper)
         self.tokenizer: Any = tokenizer if wrapped else TokenizerWrapper(tokenizer)
+        self.note: dict[str, Any] = {}
+        self._whose: dict[str, str] | None = None
         self._text: Text | None = None
         self._turn = 0
         self._cancelled = Event()
@@ -85,8 +88,70 @@ class Stream:
         This is what mlx-lm's functions do; a stream of its own is more often wanted.
         """
         stream = cls.__new__(cls)
-        stream._begin(model, tokenizer, caches, None)
+        stream._begin(Loop(model, caches, key=None), tokenizer)
         return stream
+
+    @classmethod
+    def resume(cls, path: str | Path, model: nn.Module, tokenizer: Any) -> Stream:
+        """Return a stream that goes on where `save` was called.
+
+        Args:
+            path: The file.
+            model: The same model, attached with the same settings.
+            tokenizer: Its tokenizer.
+
+        Raises:
+            SessionError: The file is missing, damaged, not a session, or of another model,
+                tokenizer or setting.
+        """
+        stream = cls.__new__(cls)
+        whose = session.fingerprint(model, tokenizer)
+        restored = session.resume(Path(path), model, whose)
+        stream._begin(restored.loop, tokenizer)
+        stream._whose, stream.note = whose, restored.note
+        if restored.text is not None:
+            try:
+                fresh = detokenizer_for(stream.tokenizer)
+                stream._text = Text.restored(fresh, restored.text)
+            except (TypeError, ValueError, KeyError, AttributeError):
+                raise SessionError(f"session {str(path)!r} does not fit the tokenizer") from None
+        return stream
+
+    def save(self, path: str | Path, note: Mapping[str, Any] | None = None) -> None:
+        """Save the stream, so that `resume` goes on exactly: text, positions and sampling.
+
+        The file before stays whole until the new one is on disk. May be called between two
+        tokens of `generate`, and from the ``progress`` of `feed`.
+
+        Args:
+            path: A safetensors file of tensors and JSON.
+            note: Anything JSON-ready to keep with it, found in `note` after `resume`.
+
+        Raises:
+            OutputError: It cannot be written; the file before is as it was.
+            CacheError: The stream is in the middle of a step of another thread.
+        """
+        self.note = dict(self.note if note is None else note)
+        if self._whose is None:
+            self._whose = session.fingerprint(self.model, self.tokenizer)
+        text = self._text.state() if self._text else None
+        session.save(Path(path), self._loop, text, self._whose, self.note)
+
+    def fork(self) -> Stream:
+        """Return an independent copy, which goes on as this one would.
+
+        It has caches and random numbers of its own, at the same values. Text that is held back
+        goes with it.
+
+        Raises:
+            CacheError: The stream is in the middle of a step of another thread.
+        """
+        fork = type(self).__new__(type(self))
+        fork._begin(self._loop.fork(), self.tokenizer)
+        fork.note, fork._whose = dict(self.note), self._whose
+        if self._text is not None:
+            fork._text = Text.restored(detokenizer_for(self.tokenizer), self._text.state())
+        return fork
 
     @property
     def model(self) -> nn.Module:
@@ -257,82 +322,3 @@ class Stream:
         and can be fed and gone on with. When nothing runs, nothing happens.
         """
         self._cancelled.set()
-
-
-def stream_generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: str | Sequence[int] | mx.array,
-    max_tokens: int = 256,
-    *,
-    stop: Sequence[str] = (),
-    ignore_eos: bool = False,
-    prompt_cache: list[Any] | None = None,
-    sampler: Sampler | None = None,
-    logits_processors: Sequence[LogitsProcessor] | None = None,
-    prefill_step_size: int = PREFILL_STEP,
-    prompt_progress_callback: Progress | None = None,
-    **options: Any,
-) -> Iterator[GenerationResponse]:
-    """Generate text from an attached model, piece by piece, in constant memory.
-
-    Args:
-        model: A model from `load`, or one given to `attach`.
-        tokenizer: Its tokenizer.
-        prompt: Text, which is encoded as is, or token ids.
-        max_tokens: Tokens to generate; -1 for no limit.
-        stop: Strings that end the text; they are not part of it.
-        ignore_eos: Go on after an end-of-text token.
-        prompt_cache: The caches of a stream to go on with, from ``model.make_cache()``; read
-            and written. A new stream by default.
-        sampler: Picks the token, as from mlx-lm's ``make_sampler``; the most likely by default.
-        logits_processors: As from mlx-lm's ``make_logits_processors``; they see the newest
-            1,024 tokens of this call.
-        prefill_step_size: Tokens of the prompt read at once.
-        prompt_progress_callback: Called with the prompt's tokens read so far, and all of them.
-        options: None of mlx-lm's others go with a bounded cache.
-
-    Yields:
-        mlx-lm's ``GenerationResponse``: one for each token, its text possibly empty.
-
-    Raises:
-        InputError: The prompt is empty, or an option does not go with a bounded cache.
-    """
-    for name, value in options.items():
-        if name not in ("max_kv_size", "kv_bits", "draft_model"):
-            raise TypeError(f"stream_generate() got an unexpected option {name!r}")
-        if value is not None:
-            raise InputError(f"{name} does not go with a sink cache: its size is fixed by attach")
-    caches: list[Any] = list(make_cache(model)) if prompt_cache is None else prompt_cache
-    stream = Stream.over(model, tokenizer, caches)
-    bos = stream.tokenizer.bos_token
-    if isinstance(prompt, str):
-        special = bos is None or not prompt.startswith(bos)
-        prompt = cast("list[int]", stream.tokenizer.encode(prompt, add_special_tokens=special))
-    progress = prompt_progress_callback or quiet
-    stream.feed(prompt, prefill_step_size=prefill_step_size, progress=progress)
-    yield from stream.generate(
-        max_tokens,
-        sampler=sampler or greedy,
-        logits_processors=logits_processors or (),
-        stop=stop,
-        ignore_eos=ignore_eos,
-    )
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: str | Sequence[int] | mx.array,
-    max_tokens: int = 256,
-    **options: Any,
-) -> str:
-    """Generate a whole text; arguments and errors as in `stream_generate`.
-
-    Raises:
-        InputError: Also when ``max_tokens`` is -1: an endless text has no end to return.
-    """
-    if max_tokens < 0:
-        raise InputError("generate returns a whole text: for an endless one use stream_generate")
-    pieces = stream_generate(model, tokenizer, prompt, max_tokens, **options)
-    return "".join(piece.text for piece in pieces)
