@@ -223,7 +223,7 @@ class Loop:
             return fork
 
     def settle(self) -> None:
-        """Wait for everything under way, so that another thread may go on."""
+        """Compute what is still to be computed: MLX does that only in the thread it began in."""
         arrays = [a for a in (self.logits, self.key) if a is not None]
         _evaluate(arrays, [cache.state for cache in self.caches])
 

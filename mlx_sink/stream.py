@@ -71,6 +71,7 @@ class Stream:
 
     def _begin(self, loop: Loop, tokenizer: Any) -> None:
         self._loop = loop
+        loop.settle()
         wrapped = isinstance(tokenizer, TokenizerWrapper)
         self.tokenizer: Any = tokenizer if wrapped else TokenizerWrapper(tokenizer)
         self.note: dict[str, Any] = {}

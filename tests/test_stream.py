@@ -188,6 +188,26 @@ def test_a_stream_moves_from_thread_to_thread(loaded: tuple[Any, Any]):
     assert got == expected
 
 
+@pytest.mark.parametrize("kind", ["new", "forked", "resumed"])
+def test_what_one_thread_makes_another_may_use(kind: str, loaded: tuple[Any, Any], tmp_path: Path):
+    """MLX computes lazily, and only in the thread in which an array came to be."""
+    made: list[Stream] = []
+
+    def make() -> None:
+        stream = Stream(*loaded)
+        if kind != "new":
+            stream.feed("the cat")
+            stream.save(tmp_path / "s")
+            stream = stream.fork() if kind == "forked" else Stream.resume(tmp_path / "s", *loaded)
+        made.append(stream)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join(timeout=60)
+    made[0].feed("the dog")
+    assert len(write(made[0], 20)[0]) == 20
+
+
 def test_one_stream_is_for_one_thread_at_a_time(loaded: tuple[Any, Any]):
     """The other is told, rather than both writing into the same caches."""
     stream, told = fed(loaded), []
@@ -214,6 +234,7 @@ def test_cancel_from_another_thread(loaded: tuple[Any, Any]):
     for response in stream.generate(-1, sampler=SAMPLER, ignore_eos=True):
         got.append(response.token)
         assert response.finish_reason is None
+        assert len(got) <= 20
         if len(got) == 20:
             canceller = threading.Thread(target=stream.cancel)
             canceller.start()
