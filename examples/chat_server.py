@@ -14,6 +14,7 @@ of its own. Nothing but mlx_sink and the standard library is needed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Waits for its threads when it closes: MLX may not be at work when Python exits."""
+    """Waits for its threads when it closes, so that every answer has ended."""
 
     daemon_threads = False
 
@@ -176,4 +177,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # A thread that has been joined may still be taking down its MLX streams, and the process
+    # aborts if Python tidies up meanwhile. Nothing is left to tidy up.
+    os._exit(status)
