@@ -27,12 +27,14 @@ if TYPE_CHECKING:
         KernelError,
         ModelError,
         OutputError,
+        SessionError,
         SinkError,
         UnsupportedModelError,
     )
+    from mlx_sink.functions import generate, stream_generate
     from mlx_sink.load import load
     from mlx_sink.report import LayerReport, Report
-    from mlx_sink.stream import generate, stream_generate
+    from mlx_sink.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -45,9 +47,11 @@ __all__ = [
     "ModelError",
     "OutputError",
     "Report",
+    "SessionError",
     "SinkCache",
     "SinkConfig",
     "SinkError",
+    "Stream",
     "UnsupportedModelError",
     "attach",
     "detach",
@@ -67,10 +71,12 @@ _HOMES = {
     "KernelError": "errors",
     "ModelError": "errors",
     "OutputError": "errors",
+    "SessionError": "errors",
     "SinkError": "errors",
     "UnsupportedModelError": "errors",
-    "generate": "stream",
-    "stream_generate": "stream",
+    "Stream": "stream",
+    "generate": "functions",
+    "stream_generate": "functions",
     "load": "load",
     "LayerReport": "report",
     "Report": "report",

@@ -20,6 +20,10 @@ class OutputError(SinkError):
     """What was made cannot be written where it should go."""
 
 
+class SessionError(SinkError):
+    """A saved session cannot be gone on with: damaged, foreign, or of another model."""
+
+
 class ModelError(SinkError):
     """A model cannot be found, is damaged, or is incomplete."""
 

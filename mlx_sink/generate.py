@@ -5,24 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationResponse
-from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
-from mlx_sink import cli
-from mlx_sink.attach import attach, make_cache
+from mlx_sink import cli, sampling
+from mlx_sink.attach import attach
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.load import DEMO, load_unattached
 from mlx_sink.prompt import Prompt, read_text, render
 from mlx_sink.report import Report, format_bytes
-from mlx_sink.stream import stream_generate
+from mlx_sink.stream import GenerationResponse, Stream
 
 PROG = "python -m mlx_sink.generate"
+DEMO_TEMP = 0.7
+"""Temperature for the demo model, unless stated: without one it repeats itself."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,13 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--extra-eos-token", nargs="+", default=[], help="more tokens that end the text"
     )
     p.add_argument("--stop", nargs="+", default=[], help="strings that end the text")
-    p.add_argument("--temp", type=float, help="sampling temperature (0; 0.7 for the demo model)")
-    p.add_argument("--top-p", type=float, default=1.0, help="sampling top-p (1)")
-    p.add_argument("--min-p", type=float, default=0.0, help="sampling min-p (0)")
-    p.add_argument("--top-k", type=int, default=0, help="sampling top-k, 0 for all (0)")
-    p.add_argument("--min-tokens-to-keep", type=int, default=1, help="least tokens for min-p (1)")
-    p.add_argument("--xtc-probability", type=float, default=0.0, help="probability of XTC (0)")
-    p.add_argument("--xtc-threshold", type=float, default=0.1, help="threshold of XTC (0.1)")
+    sampling.add_options(p)
     p.add_argument("--seed", type=int, help="seed of the random numbers")
     p.add_argument(
         "--prefill-step-size", type=int, default=2048, help="tokens read at once (2048)"
@@ -83,7 +77,9 @@ class _Run:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.prompt = _prompt(args, self.tokenizer)
         self.report = self._attach(loaded.context)
-        self.caches = make_cache(self.model)
+        self.settings = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
+        window = sampling.penalty_window(self.settings)
+        self.text = Stream(self.model, self.tokenizer, seed=args.seed, penalty_window=window)
         self.last: GenerationResponse | None = None
         self.read = 0
         self.bar: tqdm[Any] | None = None
@@ -103,17 +99,18 @@ class _Run:
         args = self.args
         for token in args.extra_eos_token:
             self.tokenizer.add_eos_token(token)
-        for response in stream_generate(
-            self.model,
-            self.tokenizer,
+        self.text.feed(
             self.prompt.tokens,
+            prefill_step_size=args.prefill_step_size,
+            progress=self._progress,
+        )
+        chosen = sampling.sampling(self.settings, self.tokenizer)
+        for response in self.text.generate(
             args.max_tokens,
+            sampler=chosen.sampler,
+            logits_processors=chosen.processors,
             stop=args.stop,
             ignore_eos=args.ignore_eos,
-            prompt_cache=self.caches,
-            sampler=_sampler(args, self.tokenizer),
-            prefill_step_size=args.prefill_step_size,
-            prompt_progress_callback=self._progress,
         ):
             self.last = response
             if response.text:
@@ -149,10 +146,10 @@ class _Run:
             "finish_reason": last.finish_reason if last else None,
             "num_sinks": self.report.config.num_sinks,
             "window": self.report.config.window,
-            "cache_bytes": sum(cache.nbytes for cache in self.caches),
+            "cache_bytes": self.text.nbytes,
             "cache_bytes_full": self.report.nbytes,
             "peak_memory_bytes": mx.get_peak_memory(),
-            "position": self.read + made,
+            "position": self.text.position,
         }
 
 
@@ -184,21 +181,6 @@ def _prompt(args: argparse.Namespace, tokenizer: Any) -> Prompt:
     )
 
 
-def _sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
-    temp = args.temp if args.temp is not None else (0.7 if args.model == DEMO else 0.0)
-    special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
-    return make_sampler(
-        temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=special,
-    )
-
-
 def _summary(s: dict[str, Any]) -> str:
     def rate(tps: float | None) -> str:
         return "" if tps is None else f" at {tps:.1f} tok/s"
@@ -227,8 +209,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     _check(args)
-    if args.seed is not None:
-        mx.random.seed(args.seed)
     run, status = _Run(args), 0
     try:
         run.stream()
@@ -252,12 +232,7 @@ def _check(args: argparse.Namespace) -> None:
         num_sinks=0 if args.num_sinks is None else args.num_sinks,
         window=1 if args.window is None else args.window,
     )
-    if args.temp is not None and args.temp < 0:
-        raise ConfigError(f"--temp must be at least 0, got {args.temp}")
-    if not 0 <= args.top_p <= 1:
-        raise ConfigError(f"--top-p must be from 0 to 1, got {args.top_p}")
-    if not 0 <= args.min_p <= 1:
-        raise ConfigError(f"--min-p must be from 0 to 1, got {args.min_p}")
+    sampling.check(args)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import mlx_lm
 import pytest
 from folder import make_folder
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.generate import main
-from mlx_sink.text import StopStrings, forget
+from mlx_sink.text import StopStrings
 
 CONFIG = SinkConfig(num_sinks=4, window=28)
 
@@ -148,33 +148,6 @@ def test_held_back_text_comes_out_at_the_end():
     assert stops.finish() == "end"
 
 
-def test_forgetting_changes_no_text(loaded: tuple[Any, Any]):
-    """Every kind of mlx-lm detokenizer gives the same text when its past is dropped."""
-    from mlx_lm.tokenizer_utils import (
-        BPEStreamingDetokenizer,
-        NaiveStreamingDetokenizer,
-        SPMStreamingDetokenizer,
-    )
-
-    tokenizer = loaded[1]._tokenizer
-    text = " the cat\n went to the sea: äöü ✓ 語\n and  the dog \n\n"
-    tokens = tokenizer.encode(text * 3, add_special_tokens=False)
-    for kind in (BPEStreamingDetokenizer, NaiveStreamingDetokenizer, SPMStreamingDetokenizer):
-        texts: list[str] = []
-        for every in (10**9, 1, 3):
-            detokenizer, out = kind(tokenizer), ""
-            for n, token in enumerate(tokens, start=1):
-                detokenizer.add_token(token)
-                out += detokenizer.last_segment
-                if n % every == 0:
-                    forget(detokenizer)
-                    assert not detokenizer.tokens
-            detokenizer.finalize()
-            texts.append(out + detokenizer.last_segment)
-        assert texts[0] == texts[1] == texts[2], kind.__name__
-        assert len(texts[0]) > 100
-
-
 def command(folder: Path, *argv: str) -> list[str]:
     return [sys.executable, "-m", "mlx_sink.generate", "--model", str(folder), *argv]
 
@@ -194,6 +167,30 @@ def test_text_and_statistics_go_apart(folder: Path, capsys: pytest.CaptureFixtur
     second = capsys.readouterr()
     assert second.out == first.out
     assert "4 sinks + window 20" in second.err
+
+
+def test_penalties(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """The penalties of the command are those of mlx-lm's processors."""
+    base = ["--model", str(folder), "-p", "the cat", "-m", "24", "--ignore-eos", "--window", "50"]
+    assert main(base) == 0
+    plain = capsys.readouterr().out
+    flags = ["--repetition-penalty", "1.8", "--presence-penalty", "2", "--frequency-penalty", "1"]
+    assert main([*base, *flags, "--repetition-context-size", "40"]) == 0
+    penalised = capsys.readouterr().out
+    model, tokenizer = mlx_lm.load(str(folder))
+    processors = make_logits_processors(
+        repetition_penalty=1.8,
+        repetition_context_size=40,
+        presence_penalty=2.0,
+        frequency_penalty=1.0,
+    )
+    text = "".join(
+        response.text
+        for response in mlx_lm.stream_generate(
+            model, tokenizer, "the cat", 24, logits_processors=processors
+        )
+    )
+    assert penalised == text + "\n" != plain
 
 
 def test_pinned_system_prompt(chat_folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -21,14 +21,17 @@ NAMES = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in MODULE
 
 LAYERS = [
     {"errors"},
-    {"config"},
+    {"config", "store", "trees"},
     {"ring", "rope", "report"},
     {"reference"},
     {"kernels"},
     {"attention"},
     {"cache"},
     {"attach"},
+    {"detokenize", "randomness"},
+    {"text", "loop"},
     {"session"},
+    {"stream"},
 ]
 """Each module may import those of the sets before its own; every other module is a job."""
 

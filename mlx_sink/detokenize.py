@@ -1,0 +1,239 @@
+"""Tokens to text, one at a time, in bounded memory: the same text as mlx-lm's detokenizers.
+
+mlx-lm's keep every token and the whole text, and look at it again for each token; these keep what
+the text to come depends on, and can be saved and restored at any token.
+"""
+
+from __future__ import annotations
+
+import codecs
+from typing import Any, Protocol, cast
+
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    NaiveStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+)
+
+from mlx_sink.errors import InputError
+
+LINE = 128
+"""Tokens of one line that are decoded together before its beginning is settled."""
+
+TAIL = 32
+"""Tokens that go on being decoded with what follows when the beginning is settled."""
+
+REPLACEMENT = "\ufffd"
+
+
+class Detokenizer(Protocol):
+    """Tokens in, text out."""
+
+    def feed(self, token: int) -> str:
+        """Take a token and return the text that it completes."""
+        ...
+
+    def finish(self) -> str:
+        """Return what is left when no more tokens come."""
+        ...
+
+    def state(self) -> list[Any]:
+        """Return all that the text to come depends on, JSON-ready."""
+        ...
+
+    def restore(self, state: list[Any]) -> None:
+        """Go on from a `state`."""
+        ...
+
+
+def detokenizer_for(tokenizer: Any) -> Detokenizer:
+    """Return a detokenizer whose text is that of the one mlx-lm chose for a tokenizer.
+
+    Args:
+        tokenizer: mlx-lm's ``TokenizerWrapper``.
+
+    Raises:
+        InputError: mlx-lm's detokenizer is of a kind that is not known here.
+    """
+    theirs: Any = tokenizer.detokenizer
+    kind = cast("type[object]", type(theirs))
+    if kind is BPEStreamingDetokenizer:
+        return ByteLevel(theirs.tokenmap)
+    if kind is SPMStreamingDetokenizer:
+        return SentencePiece(theirs.tokenmap, trim_space=bool(theirs.trim_space))
+    if kind is NaiveStreamingDetokenizer:
+        return AnyTokenizer(theirs._tokenizer, clean_spaces=bool(theirs._clean_spaces))
+    name = type(theirs).__name__
+    raise InputError(f"the tokenizer has a {name}, whose text mlx_sink cannot bound")
+
+
+class _Bytes:
+    """Bytes to characters, and mlx-lm's rule for the space at the very start of a text.
+
+    While the text is empty, a leading space is dropped from whatever comes out first. Until that
+    is known one space is held back; afterwards only the bytes of an unfinished character are.
+    """
+
+    def __init__(self, *, trim_space: bool, space: str = " "):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._space = space
+        self._started = not trim_space
+        self._held = ""
+
+    def _take(self, data: bytes, *, wait: bool = False) -> str:
+        """Decode; ``wait`` holds a lone first space back for the next token."""
+        self._held += self._decoder.decode(data).replace(self._space, " ")
+        if not self._started and self._held in ("", " "):
+            pending = self._decoder.getstate()[0]
+            if wait or pending:
+                return ""
+        return self._out()
+
+    def _out(self) -> str:
+        text, self._held = self._held, ""
+        if not self._started:
+            text = text.removeprefix(" ")
+            self._started = bool(text)
+        return text
+
+    def finish(self) -> str:
+        """Return what is left when no more tokens come."""
+        self._held += self._decoder.decode(b"", final=True).replace(self._space, " ")
+        return self._out()
+
+    def state(self) -> list[Any]:
+        """Return all that the text to come depends on, JSON-ready."""
+        return [self._decoder.getstate()[0].hex(), self._started, self._held]
+
+    def restore(self, state: list[Any]) -> None:
+        """Go on from a `state`."""
+        pending, self._started, self._held = state
+        self._decoder.setstate((bytes.fromhex(pending), 0))
+
+
+def _bytes_of_characters() -> dict[str, bytes]:
+    """Return which byte each character of a byte-level vocabulary stands for.
+
+    Printable ones stand for themselves, the others are written from U+0100 on.
+    Source: https://github.com/openai/gpt-2/blob/master/src/encoder.py
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (b for b in range(256) if b not in printable)
+    table = {chr(0x100 + n): bytes([b]) for n, b in enumerate(others)}
+    # mlx-lm takes the byte 0 for a missing one, and writes its character as it stands.
+    del table["\u0100"]
+    return table | {chr(b): bytes([b]) for b in printable}
+
+
+class ByteLevel(_Bytes):
+    """Byte-level BPE, as GPT-2 writes it: every character of a token stands for one byte.
+
+    Args:
+        tokens: The tokens by id; an id beyond them is written as mlx-lm does, "!".
+    """
+
+    _BYTES = _bytes_of_characters()
+    _SPACE = "\u0120"
+
+    def __init__(self, tokens: list[str]):
+        super().__init__(trim_space=True)
+        self._tokens = tokens
+
+    def feed(self, token: int) -> str:
+        """Take a token and return the text that it completes."""
+        written = self._tokens[token] if token < len(self._tokens) else "!"
+        data = b"".join(self._BYTES.get(c) or c.encode() for c in written)
+        return self._take(data, wait=written == self._SPACE)
+
+
+class SentencePiece(_Bytes):
+    """SentencePiece with byte fallback.
+
+    Args:
+        tokens: The bytes of each token, spaces still written as U+2581.
+        trim_space: Drop the space that SentencePiece puts before a text.
+    """
+
+    def __init__(self, tokens: list[bytes], *, trim_space: bool):
+        super().__init__(trim_space=trim_space, space="\u2581")
+        self._tokens = tokens
+
+    def feed(self, token: int) -> str:
+        """Take a token and return the text that it completes."""
+        return self._take(self._tokens[token] if token < len(self._tokens) else b"")
+
+
+class AnyTokenizer:
+    """Any other tokenizer, by its own ``decode``, a line at a time.
+
+    A line of more than `LINE` tokens has its beginning settled: cut off where decoding the rest
+    alone gives the rest of the text.
+
+    Args:
+        tokenizer: The tokenizer within mlx-lm's ``TokenizerWrapper``.
+        clean_spaces: Its ``decode`` removes spaces before punctuation, so that one at the end
+            of the text is not yet certain.
+    """
+
+    def __init__(self, tokenizer: Any, *, clean_spaces: bool):
+        self._tokenizer = tokenizer
+        self._clean_spaces = clean_spaces
+        self._tokens: list[int] = []
+        self._settled = ""
+        self._said = 0
+
+    def feed(self, token: int) -> str:
+        """Take a token and return the text that it completes."""
+        self._tokens.append(token)
+        text = whole = self._decode(self._tokens)
+        if text.endswith(REPLACEMENT):
+            # An incomplete character can decode to several replacements.
+            text = text.rstrip(REPLACEMENT)
+        elif self._clean_spaces:
+            text = text.removesuffix(" ")
+        if text.endswith("\n"):
+            self._settled, text = self._settled + text, ""
+            self._tokens.clear()
+        elif len(self._tokens) > LINE and len(self._tokens) % TAIL == 0:
+            text = self._settle(whole, text)
+        return self._say(text)
+
+    def finish(self) -> str:
+        """Return what is left when no more tokens come."""
+        self._settled += self._decode(self._tokens)
+        self._tokens.clear()
+        return self._say("")
+
+    def _decode(self, tokens: list[int]) -> str:
+        return cast("str", self._tokenizer.decode(tokens)) if tokens else ""
+
+    def _say(self, text: str) -> str:
+        whole = self._settled + text
+        said, self._said = whole[self._said :], len(text)
+        self._settled = ""
+        return said
+
+    def _settle(self, whole: str, text: str) -> str:
+        """Move the beginning of the line to the settled text; return what stays open of it."""
+        for n in range(TAIL, LINE):
+            rest = self._decode(self._tokens[-n:])
+            if rest and not rest.startswith(REPLACEMENT) and whole.endswith(rest):
+                cut = len(whole) - len(rest)
+                if cut <= len(text):
+                    self._settled += text[:cut]
+                    del self._tokens[:-n]
+                    return text[cut:]
+        if len(self._tokens) > 4 * LINE:
+            # No tokenizer seen so far comes here; memory stays bounded even so.
+            self._settled += whole
+            self._tokens.clear()
+            return ""
+        return text
+
+    def state(self) -> list[Any]:
+        """Return all that the text to come depends on, JSON-ready."""
+        return [list(self._tokens), self._said]
+
+    def restore(self, state: list[Any]) -> None:
+        """Go on from a `state`."""
+        self._tokens, self._said = state
