@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
@@ -22,17 +26,32 @@ class SinkCache:
     `offset` is what the model's RoPE reads: tokens since the epoch began, which stays bounded.
     The length of the stream is `tokens`.
 
+    Without sinks it is the ring of a layer with a sliding window.
+
     Args:
         config: What to keep.
         rotation: The layer's rotary embedding.
+        lends: Other layers attend to this one's rows too, and may name no cache.
+        limit: Positions from which on the model would compute something else, or ``None``.
     """
 
-    def __init__(self, config: SinkConfig, rotation: Rotation):
+    def __init__(
+        self,
+        config: SinkConfig,
+        rotation: Rotation,
+        *,
+        lends: bool = False,
+        limit: int | None = None,
+    ):
         self.ring = Ring.from_config(config)
         self.rotation = rotation
+        self.lends = lends
+        self.limit = limit
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self._pending: Layout | None = None
+        self._layout: Layout | None = None
+        self._is_pending = False
+        self._fetched: weakref.ref[mx.array] | None = None
 
     @property
     def tokens(self) -> int:
@@ -55,15 +74,26 @@ class SinkCache:
             Keys and values with rows as the layout of `take_layout` says.
 
         Raises:
-            CacheError: The rows of the call before were never attended to.
+            CacheError: The rows of the call before were never attended to, or the call is too
+                long for `limit`.
         """
-        if self._pending is not None:
+        if self._is_pending:
             raise CacheError(
                 "the model does not attend through mlx_sink: "
                 "keys were fetched twice without an attention call between"
             )
-        layout = self._pending = layout_of(self.ring, keys.shape[2])
-        self.ring = layout.after
+        layout = layout_of(self.ring, keys.shape[2])
+        if self.limit is not None and self.ring.position + layout.n > self.limit:
+            most = self.limit - self.ring.position
+            raise CacheError(f"{layout.n} tokens at once are too many: read at most {most}")
+        self._layout, self._is_pending, self.ring = layout, True, layout.after
+        fetched = self._take(layout, keys, values)
+        self._fetched = weakref.ref(fetched[0])
+        if self.lends:
+            _lenders.add(self)
+        return fetched
+
+    def _take(self, layout: Layout, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if layout.n == 1:
             ring_keys, ring_values = self._write(layout, keys, values)
             live = self.ring.live
@@ -97,30 +127,54 @@ class SinkCache:
     @property
     def is_pending(self) -> bool:
         """True between fetching rows and attending to them."""
-        return self._pending is not None
+        return self._is_pending
 
-    def take_layout(self) -> Layout:
+    def leaves_to_model(self, keys: mx.array, mask: object) -> bool:
+        """Tell whether the model multiplies the rows on its own, without `sink_attention`.
+
+        Args:
+            keys: What it attends to.
+            mask: Its mask.
+        """
+        return False
+
+    def handed_out(self, keys: mx.array) -> bool:
+        """Tell whether these are the very keys last fetched from here."""
+        return self._fetched is not None and self._fetched() is keys
+
+    def take_layout(self, keys: mx.array | None = None, mask: object = None) -> Layout:
         """Return the layout of the rows last fetched, and note that they are attended to.
 
+        Args:
+            keys: What is attended to: the fetched keys, a second time too, or something that
+                the model made of them, once.
+            mask: The model's mask.
+
         Raises:
-            CacheError: Nothing was fetched since the last time.
+            CacheError: Other keys, or another mask than `make_mask` gave.
         """
-        layout, self._pending = self._pending, None
-        if layout is None:
-            raise CacheError("attention was called without new keys: shared KV is not supported")
+        layout, was_pending = self._layout, self._is_pending
+        self._is_pending = False
+        again = keys is not None and self.handed_out(keys)
+        if layout is None or not (was_pending or again):
+            raise CacheError("attention was called with keys of another layer or call")
+        if isinstance(mask, mx.array) and mask is not mask_of(layout):
+            raise CacheError("the model attends under a mask of its own")
         return layout
 
     def make_mask(
         self, n: int, window_size: int | None = None, return_array: bool = False
-    ) -> str | None:
+    ) -> mx.array | str | None:
         """Answer mlx-lm's question for a mask: none is needed, the layout says it all.
 
         Raises:
-            CacheError: The model asks for its own window or for a mask array.
+            CacheError: The model asks for a window that is not this layer's.
         """
-        if window_size is not None or return_array:
-            raise CacheError("the model wants a mask of its own for this layer")
-        return None if n == 1 else "causal"
+        if window_size is not None and (self.ring.num_sinks or window_size != self.ring.window):
+            raise CacheError(f"the model wants a window of {window_size} tokens for this layer")
+        if n == 1:
+            return None
+        return mask_of(layout_of(self.ring, n)) if return_array else "causal"
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> None:
         """Refuse mlx-lm's ``kv_bits``: without this method it would be ignored silently.
@@ -175,7 +229,106 @@ class SinkCache:
     def state(self, value: tuple[Any, ...]) -> None:
         self.keys, self.values, *integers = value
         self.ring = Ring(*integers)
-        self._pending = None
+        self._layout, self._is_pending, self._fetched = None, False, None
+
+
+class CacheGroup:
+    """Several caches of one layer, which mlx-lm knows as a ``CacheList``.
+
+    Args:
+        caches: Caches of ours or of mlx-lm's.
+    """
+
+    def __init__(self, *caches: Any):
+        self.caches = caches
+
+    def __getitem__(self, i: int) -> Any:
+        return self.caches[i]
+
+    def is_trimmable(self) -> bool:
+        """Tell whether tokens can be taken back from all of them."""
+        return all(cache.is_trimmable() for cache in self.caches)
+
+    def trim(self, n: int) -> int:
+        """Take back the newest ``n`` tokens; see `SinkCache.trim`."""
+        return next(iter([cache.trim(n) for cache in self.caches]))
+
+    def size(self) -> int:
+        """Return the tokens held."""
+        return max(cache.size() for cache in self.caches)
+
+    def empty(self) -> bool:
+        """Tell whether nothing was taken in yet."""
+        return self.caches[0].empty()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def state(self) -> list[Any]:
+        """The states of the caches."""
+        return [cache.state for cache in self.caches]
+
+    @state.setter
+    def state(self, value: Sequence[Any]) -> None:
+        for cache, state in zip(self.caches, value, strict=True):
+            cache.state = state
+
+
+def leaves(caches: Sequence[Any]) -> list[Any]:
+    """Return the caches of a model's list, those in groups one by one."""
+    flat: list[Any] = []
+    for cache in caches:
+        flat.extend(cache.caches if isinstance(cache, CacheGroup) else [cache])
+    return flat
+
+
+class _Lenders(threading.local):
+    """The caches whose rows other layers may attend to, in this thread."""
+
+    def __init__(self) -> None:
+        self._caches: dict[int, weakref.ref[SinkCache]] = {}
+
+    def add(self, cache: SinkCache) -> None:
+        if id(cache) not in self._caches:
+            dead = [key for key, known in self._caches.items() if known() is None]
+            for key in dead:
+                del self._caches[key]
+        self._caches[id(cache)] = weakref.ref(cache)
+
+    def of(self, keys: mx.array) -> SinkCache | None:
+        for known in self._caches.values():
+            cache = known()
+            if cache is not None and cache.handed_out(keys):
+                return cache
+        return None
+
+
+_lenders = _Lenders()
+
+
+def owner_of(keys: mx.array, cache: object) -> SinkCache | None:
+    """Return the cache that handed out keys, in the first place the one that is named.
+
+    ``None`` if none of ours did and none of ours is named.
+    """
+    if isinstance(cache, SinkCache) and cache.handed_out(keys):
+        return cache
+    return _lenders.of(keys) or (cache if isinstance(cache, SinkCache) else None)
+
+
+@lru_cache(maxsize=4)
+def mask_of(layout: Layout) -> mx.array:
+    """Return which query of a call sees which of its rows, ``[n, rows]`` bool.
+
+    All layers whose rings are alike get the same array.
+    """
+    token = np.concatenate([np.arange(run.token, run.token + run.length) for run in layout.runs])
+    query = np.arange(layout.ring.tokens, layout.end)[:, None]
+    near = (token > query - layout.ring.window) | (token < layout.ring.num_sinks)
+    return mx.array((token <= query) & near)
 
 
 def _grown(old: mx.array | None, like: mx.array, slots: int) -> mx.array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mlx_sink.aligned import AlignedCache
+from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 
 
@@ -13,23 +15,49 @@ class LayerReport:
     """One layer's cache.
 
     Attributes:
-        index: The layer's place in ``model.layers``.
-        cache: What it got: ``"sink ring"``.
+        index: The layer's place in the list of caches.
+        cache: What it got: ``"sink ring"``; ``"window ring"`` in a layer with a sliding window of
+            its own; ``"state"`` for what is recurrent, which mlx-lm keeps.
+        attention: What multiplies queries and keys: ``"mlx_sink"``, or ``"model"`` where the
+            model does that on its own and gets keys that are aligned.
         positions: ``"rope"``, or ``"none"`` for a layer without positions.
         slots: Tokens it holds when full.
         bytes_per_token: Keys and values of one token of one sequence.
+        state_bytes: Bytes that do not depend on the tokens, of one sequence.
     """
 
     index: int
     cache: str
+    attention: str
     positions: str
     slots: int
     bytes_per_token: int
+    state_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of a full cache for one sequence."""
-        return self.slots * self.bytes_per_token
+        return self.slots * self.bytes_per_token + self.state_bytes
+
+
+def report_of(index: int, cache: Any) -> LayerReport:
+    """Report what one cache will hold, from what it holds after a trace.
+
+    Args:
+        index: The layer.
+        cache: A ring of ours, or a recurrent layer's cache of mlx-lm's.
+    """
+    if not isinstance(cache, SinkCache):
+        return LayerReport(index, "state", "-", "-", 0, 0, int(cache.nbytes))
+    rows = [a for a in (cache.keys, cache.values) if a is not None]
+    return LayerReport(
+        index,
+        "sink ring" if cache.ring.num_sinks else "window ring",
+        "model" if isinstance(cache, AlignedCache) else "mlx_sink",
+        "none" if cache.rotation.is_identity else "rope",
+        cache.ring.capacity,
+        sum(a.shape[1] * a.shape[3] * a.itemsize for a in rows),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +87,16 @@ class Report:
         lines = [
             f"{self.model_type}: {c.num_sinks} sinks + window {c.window} = {c.capacity} tokens, "
             f"{format_bytes(self.nbytes)} when full",
-            f"{'layers':>9}  {'cache':<10} {'positions':<10} {'slots':>7} {'bytes/token':>12} "
-            f"{'bytes':>12}",
+            f"{'layers':>9}  {'cache':<11} {'attention':<9} {'positions':<9} {'slots':>7} "
+            f"{'bytes/token':>12} {'bytes':>12}",
         ]
         for first, last in _alike(self.layers):
             layer = self.layers[first]
             name = f"{first}" if first == last else f"{first}-{last}"
             lines.append(
-                f"{name:>9}  {layer.cache:<10} {layer.positions:<10} {layer.slots:>7} "
-                f"{layer.bytes_per_token:>12} {layer.nbytes * (last - first + 1):>12}"
+                f"{name:>9}  {layer.cache:<11} {layer.attention:<9} {layer.positions:<9} "
+                f"{layer.slots:>7} {layer.bytes_per_token:>12} "
+                f"{layer.nbytes * (last - first + 1):>12}"
             )
         return "\n".join(lines)
 
@@ -92,5 +121,5 @@ def _alike(layers: tuple[LayerReport, ...]) -> list[tuple[int, int]]:
     return groups
 
 
-def _kind(layer: LayerReport) -> tuple[object, ...]:
-    return layer.cache, layer.positions, layer.slots, layer.bytes_per_token
+def _kind(layer: LayerReport) -> LayerReport:
+    return replace(layer, index=0)

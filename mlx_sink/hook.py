@@ -1,0 +1,65 @@
+"""The hook: attention over our caches is ours, in the modules that define a model's attention.
+
+mlx-lm's model files import ``scaled_dot_product_attention`` by name, so the name is replaced in
+each of them. For caches that are not ours the original is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_sink.attention import sink_attention
+from mlx_sink.cache import owner_of
+
+HOOKED = "scaled_dot_product_attention"
+MARK = "_hooked_by_mlx_sink"
+
+
+def hook(model: nn.Module) -> None:
+    """Hook every module of Python that defines a part of the model and imports the function."""
+    names = {type(module).__module__ for module in model.modules()}
+    for name in sorted(names):
+        module = sys.modules[name]
+        if hasattr(module, HOOKED):
+            _hook(module)
+
+
+def _hook(module: ModuleType) -> None:
+    original = cast("Callable[..., mx.array]", getattr(module, HOOKED))
+    if getattr(original, MARK, False):
+        return
+
+    @functools.wraps(original)
+    def hooked(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any = None,
+        scale: float = 1.0,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        owner = owner_of(keys, cache)
+        if owner is None or owner.leaves_to_model(keys, mask):
+            return original(
+                queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
+            )
+        return sink_attention(
+            queries,
+            keys,
+            values,
+            layout=owner.take_layout(keys, mask),
+            rotation=owner.rotation,
+            scale=scale,
+            learned_sinks=sinks,
+        )
+
+    setattr(hooked, MARK, True)
+    setattr(module, HOOKED, hooked)

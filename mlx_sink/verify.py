@@ -1,0 +1,93 @@
+"""The contract put to the proof on a model that mlx_sink does not know.
+
+A few dozen random tokens go through the model under a very small configuration, with its own
+weights: what it computes must be mlx-lm's result until the first eviction, and must not depend on
+how the tokens are cut into calls or on how many came before. Calls that are cut elsewhere begin
+their epochs elsewhere, so what looks at absolute positions in any way shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import cycle
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_sink.cache import SinkCache, leaves
+from mlx_sink.config import SinkConfig
+from mlx_sink.errors import SinkError, UnsupportedModelError
+from mlx_sink.layers import native_caches
+
+CONFIG = SinkConfig(2, 6, epoch=11)
+TOKENS = 40
+TOLERANCE = {mx.float32: 1e-3}
+HALF = 0.1
+"""Largest difference in units of the logits' spread, in float32 and in the short dtypes."""
+
+
+def verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]]) -> None:
+    """Run the checks.
+
+    Args:
+        model: The model.
+        make: Returns its bounded caches for a configuration.
+
+    Raises:
+        UnsupportedModelError: One of them fails.
+    """
+    try:
+        _verify(model, make)
+    except UnsupportedModelError:
+        raise
+    except SinkError as error:
+        raise UnsupportedModelError(str(error)) from None
+
+
+def _verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]]) -> None:
+    vocabulary = int(cast("Any", model)(mx.zeros((1, 1), mx.int32)).shape[-1])
+    tokens = np.random.default_rng(0).integers(0, vocabulary, TOKENS)
+
+    def logits(caches: Sequence[Any], cuts: Iterable[int], n: int = TOKENS) -> np.ndarray:
+        done, parts = 0, list[mx.array]()
+        for length in cycle(cuts):
+            if done >= n:
+                break
+            piece = mx.array(tokens[done : min(done + length, n)][None])
+            parts.append(cast("Any", model)(piece, cache=caches))
+            mx.eval(parts[-1], [cache.state for cache in caches])
+            done += length
+        return np.array(mx.concatenate(parts, axis=1)[0].astype(mx.float32))
+
+    def compare(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
+        difference = float(np.abs(ours - theirs).max()) / max(float(theirs.std()), 1e-6)
+        if not difference <= tolerance:
+            raise UnsupportedModelError(
+                f"it is not known, and a check of the contract fails: {what} "
+                f"(logits differ by {difference:.2g} of their spread)"
+            )
+
+    whole = logits(make(CONFIG), [TOKENS])
+    tolerance = TOLERANCE.get(_dtype(model), HALF)
+    n = _unevicted(make(CONFIG))
+    compare(whole[:n], logits(native_caches(model), [n], n), "it differs from plain mlx-lm")
+    for cuts in ([1], [5, 1, 1, 13], [9, 2]):
+        compare(logits(make(CONFIG), cuts), whole, f"calls of {cuts} tokens change the result")
+    later = make(CONFIG)
+    for cache in leaves(later):
+        if isinstance(cache, SinkCache):
+            cache.ring = replace(cache.ring, epoch=cache.ring.epoch + 29)
+    compare(logits(later, [1, 3, 7]), whole, "other epochs change the result")
+
+
+def _unevicted(caches: Sequence[Any]) -> int:
+    """Return the tokens up to which no sink ring evicts any: window rings do as mlx-lm's."""
+    rings = [cache.ring for cache in leaves(caches) if isinstance(cache, SinkCache)]
+    return min([ring.capacity for ring in rings if ring.num_sinks], default=TOKENS)
+
+
+def _dtype(model: nn.Module) -> mx.Dtype:
+    return cast("Any", model)(mx.zeros((1, 1), mx.int32)).dtype
