@@ -6,9 +6,14 @@ An architecture is a module of ``mlx_lm.models``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_sink.attention import sink_attention
+from mlx_sink.cache import SinkCache
+from mlx_sink.rope import RopeCall
 
 # fmt: off
 VERIFIED = frozenset({
@@ -19,20 +24,24 @@ VERIFIED = frozenset({
 """Architectures for which the tests show the contract. Any other is put to the proof by `attach`.
 """
 
-REFUSED: dict[str, str] = {}
-"""Architectures that cannot keep the contract, and why."""
+_LEARNED_POSITIONS = "its positions are learned and added to the tokens: no turn changes them"
+_ROTATED_STATE = (
+    "its linear attention sums up keys that are rotated by their absolute position; that state "
+    "would have to be turned at every new epoch"
+)
 
-
-def _scaled_from(args: Any) -> int | None:
-    """Return where a model's attention begins to grow with the logarithm of the position."""
-    parameters = getattr(args, "rope_parameters", None) or {}
-    return parameters.get("original_max_position_embeddings")
-
-
-_LIMITS: dict[str, Callable[[Any], int | None]] = {
-    "ministral3": _scaled_from,
-    "mistral4": _scaled_from,
+REFUSED = {
+    "afm7": "layers without keys of their own rotate queries by the rows that they find cached",
+    "bailing_hybrid": _ROTATED_STATE,
+    "bailing_moe_linear": _ROTATED_STATE,
+    "deepseek_v41": "its caches compress keys by their absolute position, in a protocol of its own",
+    "gpt2": _LEARNED_POSITIONS,
+    "gpt_bigcode": _LEARNED_POSITIONS,
+    "iquestloopcoder": "its gates read queries that are rotated by their absolute position",
+    "minimax_m3_vl": "it selects blocks of keys by their place in an unbounded cache",
+    "phi3small": "it selects blocks of keys by their absolute position",
 }
+"""Architectures that cannot keep the contract, and why."""
 
 
 def refusal(name: str | None) -> str | None:
@@ -40,12 +49,105 @@ def refusal(name: str | None) -> str | None:
     return None if name is None else REFUSED.get(name)
 
 
+# Attention that changes with the position.
+
+
+def _scaled_from(args: Any) -> int | None:
+    """Ministral 3, Mistral 4: queries grow with the logarithm of ``position // this``."""
+    return (getattr(args, "rope_parameters", None) or {}).get("original_max_position_embeddings")
+
+
+def _tempered_from(args: Any) -> int | None:
+    """Llama 4: layers without positions scale by ``(position + 1) // floor_scale``."""
+    return int(args.floor_scale) - 1 if args.attn_temperature_tuning else None
+
+
+_LIMITS: dict[str, Callable[[Any], int | None]] = {
+    "llama4": _tempered_from,
+    "ministral3": _scaled_from,
+    "mistral4": _scaled_from,
+}
+
+
 def position_limit(model: nn.Module) -> int | None:
     """Return the positions below which a model computes the same at each, if there is an end."""
     limits: list[int] = []
-    for module in model.modules():
+    for module in cast("list[Any]", model.modules()):
         limit = _LIMITS.get(type(module).__module__.rpartition(".")[2])
         args = getattr(module, "args", None)
         if limit is not None and args is not None:
             limits += [n for n in [limit(args)] if n is not None]
     return min(limits, default=None)
+
+
+# Norms between the rotation and the product.
+
+_NORMS_AFTER = {"hunyuan": "query_layernorm", "hunyuan_v1_dense": "query_layernorm"}
+
+
+def query_weights(model: nn.Module) -> list[mx.array | None]:
+    """Return, for each layer, the factors that a norm puts on queries that are rotated already.
+
+    Without them a norm changes nothing: rotations keep the length.
+    """
+    weights: list[mx.array | None] = []
+    for layer in cast("list[Any]", cast("Any", model).layers):
+        name = _NORMS_AFTER.get(type(layer).__module__.rpartition(".")[2])
+        norm = None if name is None else getattr(layer.self_attn, name, None)
+        weights.append(None if norm is None else norm.weight.astype(mx.float32))
+    return weights
+
+
+# Kernels of mlx-lm that rotate.
+
+
+def _of_qk_norm_rope(*args: Any, **options: Any) -> RopeCall:
+    width = int(options["head_dim"])
+    return RopeCall(width, width, True, float(options["rope_base"]), 1.0, None)
+
+
+FUSED_ROPES: dict[str, Callable[..., RopeCall]] = {"qk_norm_rope": _of_qk_norm_rope}
+"""Functions that model files import by name, and the rotation that a call of them has inside."""
+
+
+# Attention that a model computes on its own, in a way that `aligned` does not serve.
+
+
+def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    """Gemma 2's attention, on our caches: it splits heads by a head_dim that may not be doubled."""
+    B, L, _ = x.shape
+
+    def heads(projected: mx.array, n: int) -> mx.array:
+        return mx.reshape(projected, (B, L, n, -1)).transpose(0, 2, 1, 3)
+
+    q, k = heads(self.q_proj(x), self.n_heads), heads(self.k_proj(x), self.n_kv_heads)
+    q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
+    k, v = cache.update_and_fetch(k, heads(self.v_proj(x), self.n_kv_heads))
+    if cache.leaves_to_model(k, None):  # it is only watched
+        return self.o_proj(mx.zeros((B, L, q.shape[1] * v.shape[3]), x.dtype))
+    out = sink_attention(
+        *(q, k, v),
+        layout=cache.take_layout(k),
+        rotation=cache.rotation,
+        scale=self.scale,
+        softcap=self.attn_logit_softcapping,
+    )
+    return self.o_proj(mx.reshape(out.transpose(0, 2, 1, 3), (B, L, -1)))
+
+
+ATTENTIONS: dict[str, tuple[str, Callable[..., mx.array]]] = {"gemma2": ("Attention", _softcapped)}
+"""Modules, the class in each, and what serves instead of its ``__call__`` over our caches."""
+
+
+def adapt(module: Any) -> None:
+    """Put our attention in the place of a module's own, for our caches only; idempotent."""
+    name, ours = ATTENTIONS.get(module.__name__.rpartition(".")[2], ("", None))
+    kind = getattr(module, name, None)
+    if ours is None or kind is None or hasattr(kind, "_own_call"):
+        return
+    own = kind._own_call = kind.__call__
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        return (ours if isinstance(cache, SinkCache) else own)(self, x, mask=mask, cache=cache)
+
+    kind.__call__ = call

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.aligned import AlignedCache, Rows, align_ropes, restore_ropes
-from mlx_sink.architectures import VERIFIED, position_limit, refusal
+from mlx_sink.architectures import VERIFIED, position_limit, query_weights, refusal
 from mlx_sink.cache import SinkCache, leaves
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
@@ -27,14 +28,24 @@ AHEAD = 2048
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What one ring is made of, found by watching the model."""
+    """What one ring is made of, found by watching the model.
+
+    Attributes:
+        rotation: Of the queries.
+        rows: What the layer keeps, if it multiplies queries and keys on its own.
+        lends: Other layers attend to its rows too.
+        limit: As in `SinkCache`; 0 for a layer that keeps no keys.
+        window: The window that the model asks for, or 0 if it is that of mlx-lm's cache.
+    """
 
     rotation: Rotation
-    rows: Rows | None
-    lends: bool
-    limit: int | None
+    rows: Rows | None = None
+    lends: bool = False
+    limit: int | None = None
+    window: int = 0
 
     def cache(self, config: SinkConfig) -> SinkCache:
+        config = replace(config, window=max(config.window, self.window))
         if self.rows is not None:
             return AlignedCache(config, self.rotation, self.rows, limit=self.limit)
         return SinkCache(config, self.rotation, lends=self.lends, limit=self.limit)
@@ -159,34 +170,56 @@ def _planned(model: nn.Module, config: SinkConfig) -> _MakeCache:
     def watched() -> list[Any]:
         return bounded_caches(copy.deepcopy(native), effective, WatchedCache)
 
-    where = [i for i, cache in enumerate(watched()) for _ in _rings([cache])]
+    rings = [(i, ring) for i, cache in enumerate(watched()) for ring in _rings([cache])]
     near, far = watch(model, watched, farthest)
-    rotations = _Rotations(farthest)
+    rotations, weights = _Rotations(farthest), query_weights(model)
+    windows = _windows(zip([ring for _, ring in rings], near, strict=True))
     plans: list[_Plan] = []
-    for i, a, b in zip(where, near, far, strict=True):
-        if not (a.calls and b.calls):
-            raise UnsupportedModelError(f"layer {i} keeps no keys of its own")
-        plans.append(_plan(a, b, rotations, limit, f"layer {i}"))
+    for (i, ring), a, b in zip(rings, near, far, strict=True):
+        try:
+            plan = _plan(a, b, rotations, weights[i] if i < len(weights) else None)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error} (layer {i})") from None
+        if plan.limit is None:
+            plan = replace(plan, limit=limit)
+        if not ring.ring.num_sinks:
+            plan = replace(plan, window=windows.get(ring.ring.window, 0))
+        plans.append(plan)
     if any(plan.rows is not None and not plan.rotation.is_identity for plan in plans):
         align_ropes(model)
     return _MakeCache(config, effective, native, plans)
 
 
-def _plan(near: Seen, far: Seen, rotations: _Rotations, limit: int | None, where: str) -> _Plan:
+def _windows(rings: Iterable[tuple[SinkCache, Seen]]) -> dict[int, int]:
+    """Return the window that the model asks for in its masks, for each that its caches have.
+
+    A mask is asked of one cache and serves every layer of its kind.
+    """
+    windows: dict[int, int] = {}
+    for cache, seen in rings:
+        window = cache.ring.window
+        windows[window] = max(windows.get(window, 0), seen.window)
+    return windows
+
+
+def _plan(near: Seen, far: Seen, rotations: _Rotations, weights: mx.array | None) -> _Plan:
+    if not near.calls and not far.calls:
+        return _Plan(rotations.of(None), limit=0)
+    if near.calls != 1 or far.calls != 1:
+        raise UnsupportedModelError("keys are not taken in once for each call")
     rope = near.rope
     if (rope is None) != (far.rope is None) or (rope and not rope.is_like(cast("Any", far.rope))):
         raise UnsupportedModelError(
-            f"the position embedding of {where} is not a fixed rotation: it changes with the "
-            "position"
+            "its position embedding is not a fixed rotation: it changes with the position"
         )
-    if near.calls > 1 or far.calls > 1:
-        raise UnsupportedModelError(f"{where} takes in keys twice for one token")
     lends = near.lends or far.lends
     if near.attended and far.attended and not near.rotated:
-        return _Plan(rotations.of(rope, near.keys[-1]), None, lends, limit)
+        return _Plan(rotations.of(rope, near.keys[-1], weights), lends=lends)
+    if weights is not None or lends:
+        raise UnsupportedModelError("it multiplies queries and keys in a way that is not known")
     widths = near.keys[-1], near.values[-1]
     positions = rotations.of(rope, widths[near.rotated])
-    return _Plan(rotations.of(rope), Rows(widths, near.rotated, positions), lends, limit)
+    return _Plan(rotations.of(rope), Rows(widths, near.rotated, positions))
 
 
 class _Rotations:
@@ -196,10 +229,13 @@ class _Rotations:
         self._farthest = farthest
         self._known: dict[object, Rotation] = {}
 
-    def of(self, rope: RopeCall | None, width: int = 0) -> Rotation:
-        rotation = Rotation.of(rope, width)
+    def of(
+        self, rope: RopeCall | None, width: int = 0, weights: mx.array | None = None
+    ) -> Rotation:
+        rotation = Rotation.of(rope, width, weights)
+        width = max(width, 0 if rope is None else rope.width)
         angles = rotation.interleaved, rotation.frequencies.tobytes()
-        key = (rotation.start, *angles)
+        key = (width, rotation.start, id(weights), *angles)
         if key not in self._known:
             if rope is not None:
                 Rotation.of(rope).check(rope, rope.width, self._farthest)
@@ -216,6 +252,8 @@ def _report(caches: Sequence[Any]) -> tuple[LayerReport, ...]:
     reports: list[LayerReport] = []
     for i, cache in enumerate(caches):
         for part in leaves([cache]):
+            if isinstance(part, SinkCache) and part.empty():
+                continue
             if isinstance(part, SinkCache) and part.is_pending:
                 raise UnsupportedModelError(f"layer {i} does not attend to the keys it keeps")
             reports.append(report_of(i, part))

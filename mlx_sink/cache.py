@@ -52,6 +52,7 @@ class SinkCache:
         self._layout: Layout | None = None
         self._is_pending = False
         self._fetched: weakref.ref[mx.array] | None = None
+        self._lent: tuple[mx.array, mx.array] | None = None
 
     @property
     def tokens(self) -> int:
@@ -87,11 +88,23 @@ class SinkCache:
             most = self.limit - self.ring.position
             raise CacheError(f"{layout.n} tokens at once are too many: read at most {most}")
         self._layout, self._is_pending, self.ring = layout, True, layout.after
+        self._lent = None  # or it would keep MLX from writing in place
         fetched = self._take(layout, keys, values)
         self._fetched = weakref.ref(fetched[0])
         if self.lends:
+            self._lent = fetched
             _lenders.add(self)
         return fetched
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return the rows last fetched, for a layer that has no keys of its own.
+
+        Raises:
+            CacheError: Nothing was fetched, or this layer's rows are for itself alone.
+        """
+        if self._lent is None:
+            raise CacheError("the model reads keys of a layer that it did not read when attached")
+        return self._lent
 
     def _take(self, layout: Layout, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if layout.n == 1:
@@ -229,7 +242,7 @@ class SinkCache:
     def state(self, value: tuple[Any, ...]) -> None:
         self.keys, self.values, *integers = value
         self.ring = Ring(*integers)
-        self._layout, self._is_pending, self._fetched = None, False, None
+        self._layout, self._is_pending, self._fetched, self._lent = None, False, None, None
 
 
 class CacheGroup:

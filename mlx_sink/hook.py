@@ -15,6 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sink.architectures import adapt
 from mlx_sink.attention import sink_attention
 from mlx_sink.cache import owner_of
 
@@ -24,11 +25,16 @@ MARK = "_hooked_by_mlx_sink"
 
 def hook(model: nn.Module) -> None:
     """Hook every module of Python that defines a part of the model and imports the function."""
-    names = {type(module).__module__ for module in model.modules()}
-    for name in sorted(names):
-        module = sys.modules[name]
+    for module in defining_modules(model):
+        adapt(module)
         if hasattr(module, HOOKED):
             _hook(module)
+
+
+def defining_modules(model: nn.Module) -> list[ModuleType]:
+    """Return the modules of Python that define a model and its parts."""
+    parts = cast("list[nn.Module]", model.modules())
+    return [sys.modules[name] for name in sorted({type(part).__module__ for part in parts})]
 
 
 def _hook(module: ModuleType) -> None:

@@ -111,19 +111,17 @@ class Rotation:
         Returns:
             ``[B, n_heads, L, head_dim]`` in x's dtype; worked out in float32.
         """
-        exact = x.astype(mx.float32)
+        exact, width = x.astype(mx.float32), x.shape[-1]
         if len(positions) == 1:
             # A decode step: one small product costs less than many smaller operations.
-            (matrix,) = self._recall(key, lambda: (self._matrix(positions[0], x.shape[-1]),))
+            (matrix,) = self._recall(key, lambda: (self._matrix(positions[0], width),))
             return (exact @ matrix).astype(x.dtype)
         cos, sin = self._recall(key, lambda: self._table(positions))
-        stop, width = self.start + self.dims, x.shape[-1]
+        stop = self.start + self.dims
         part = exact[..., self.start : stop] if self.dims < width else exact
         turned = part * cos + self._partner(part) * sin
         if self.dims < width:
-            turned = mx.concatenate(
-                [exact[..., : self.start], turned, exact[..., stop:]], axis=-1
-            )
+            turned = mx.concatenate([exact[..., : self.start], turned, exact[..., stop:]], axis=-1)
         return turned.astype(x.dtype)
 
     def _partner(self, x: mx.array) -> mx.array:

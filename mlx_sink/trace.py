@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sink.architectures import FUSED_ROPES
 from mlx_sink.cache import SinkCache, leaves, mask_of
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
+from mlx_sink.hook import defining_modules
 from mlx_sink.rope import RopeCall, Rotation
 
 
@@ -35,6 +37,7 @@ class Seen:
         calls: How often tokens were taken in.
         attended: How often they were attended to by mlx-lm's function, under a mask of ours.
         lends: Whether another layer attended to them too.
+        window: The longest window that the model asked a mask of.
     """
 
     keys: tuple[int, ...] = ()
@@ -45,6 +48,7 @@ class Seen:
     calls: int = 0
     attended: int = 0
     lends: bool = False
+    window: int = 0
 
 
 class WatchedCache(SinkCache):
@@ -62,6 +66,14 @@ class WatchedCache(SinkCache):
         seen.keys, seen.values, seen.itemsize = keys.shape, values.shape, keys.itemsize
         seen.calls += 1
         return super().update_and_fetch(keys, values)
+
+    def make_mask(
+        self, n: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | str | None:
+        """Note the window that the model asks for."""
+        if not self.ring.num_sinks:
+            self.seen.window, window_size = max(self.seen.window, window_size or 0), None
+        return super().make_mask(n, window_size, return_array)
 
     def leaves_to_model(self, keys: mx.array, mask: object) -> bool:
         """Note whether ours could have been used, and leave it to mlx-lm."""
@@ -81,7 +93,7 @@ class WatchedCache(SinkCache):
 class _Watch(threading.local):
     """The calls of ``mx.fast.rope`` in this thread, while it is watched."""
 
-    calls: list[tuple[mx.array, RopeCall]] | None = None
+    calls: list[tuple[Any, RopeCall]] | None = None
     since = 0
     last: WatchedCache | None = None
 
@@ -101,6 +113,12 @@ class _Watch(threading.local):
             raise UnsupportedModelError("a layer has more than one position embedding")
         return (recent[0] if recent else None), 0
 
+    def start(self) -> None:
+        self.calls, self.since, self.last = [], 0, None
+
+    def stop(self) -> None:
+        self.calls = self.last = None
+
     def drop(self, cache: WatchedCache) -> None:
         self.since, self.last = len(self.calls or []), cache
 
@@ -109,33 +127,44 @@ _watch = _Watch()
 _patching = threading.Lock()
 
 
+def _of_fast_rope(x: mx.array, dims: int, **options: Any) -> RopeCall:
+    return RopeCall(
+        width=x.shape[-1],
+        dims=dims,
+        traditional=bool(options["traditional"]),
+        base=options.get("base"),
+        scale=float(options["scale"]),
+        freqs=options.get("freqs"),
+    )
+
+
 @contextmanager
-def _watching() -> Generator[None]:
-    """Note this thread's calls of ``mx.fast.rope``; those of other threads go through."""
-    original = cast("Callable[..., mx.array]", mx.fast.rope)
+def _watching(model: nn.Module | None = None) -> Generator[None]:
+    """Note this thread's calls of ``mx.fast.rope`` and of kernels that have it inside.
 
-    def rope(x: mx.array, dims: int, **options: Any) -> mx.array:
-        y = original(x, dims, **options)
+    What other threads call goes through.
+    """
+    places: list[tuple[Any, str, Callable[..., RopeCall]]] = [(mx.fast, "rope", _of_fast_rope)]
+    for module in [] if model is None else defining_modules(model):
+        places += [(module, name, of) for name, of in FUSED_ROPES.items() if hasattr(module, name)]
+    with _patching, ExitStack() as stack:
+        stack.callback(_watch.stop)
+        _watch.start()
+        for place, name, of in places:
+            original = getattr(place, name)
+            setattr(place, name, _noted(original, of))
+            stack.callback(setattr, place, name, original)
+        yield
+
+
+def _noted(original: Callable[..., Any], of: Callable[..., RopeCall]) -> Callable[..., Any]:
+    def noted(*args: Any, **options: Any) -> Any:
+        result = original(*args, **options)
         if _watch.calls is not None:
-            known = {k: options.get(k) for k in ("base", "freqs")}
-            call = RopeCall(
-                width=x.shape[-1],
-                dims=dims,
-                traditional=bool(options["traditional"]),
-                scale=float(options["scale"]),
-                **cast("Any", known),
-            )
-            _watch.calls.append((y, call))
-        return y
+            _watch.calls.append((result, of(*args, **options)))
+        return result
 
-    with _patching:
-        _watch.calls, _watch.since, _watch.last = [], 0, None
-        cast("Any", mx.fast).rope = rope
-        try:
-            yield
-        finally:
-            cast("Any", mx.fast).rope = original
-            _watch.calls = _watch.last = None
+    return noted
 
 
 def trace(model: nn.Module, caches: Sequence[Any], n: int) -> None:
@@ -178,7 +207,7 @@ def watch(model: nn.Module, make: Callable[[], Sequence[Any]], farthest: int) ->
         watched = [cache for cache in leaves(caches) if isinstance(cache, WatchedCache)]
         for cache in watched:
             cache.ring = replace(cache.ring, epoch=farthest + 2, tokens=position)
-        with _watching():
+        with _watching(model):
             trace(model, caches, n)
         seen.append([cache.seen for cache in watched])
     return seen
