@@ -227,5 +227,5 @@ def _probe(model: nn.Module, caches: list[SinkCache]) -> tuple[LayerReport, ...]
             raise UnsupportedModelError(f"layer {i} does not attend through mlx-lm's {HOOKED}")
         row = sum(a.shape[1] * a.shape[3] * a.itemsize for a in (cache.keys, cache.values))
         positions = "none" if cache.rotation.is_identity else "rope"
-        reports.append(LayerReport(i, "sink ring", positions, cache.ring.capacity, row))
+        reports.append(LayerReport(i, "sink ring", positions, cache.ring.slots, row))
     return tuple(reports)
