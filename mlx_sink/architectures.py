@@ -25,20 +25,27 @@ VERIFIED = frozenset({
 """
 
 _LEARNED_POSITIONS = "its positions are learned and added to the tokens: no turn changes them"
+_NORM_AFTER = (
+    "a norm with weights comes after the rotation, so that its attention depends on the absolute "
+    "position"
+)
 _ROTATED_STATE = (
     "its linear attention sums up keys that are rotated by their absolute position; that state "
     "would have to be turned at every new epoch"
 )
 
 REFUSED = {
-    "afm7": "layers without keys of their own rotate queries by the rows that they find cached",
+    "afm7": _NORM_AFTER,
     "bailing_hybrid": _ROTATED_STATE,
     "bailing_moe_linear": _ROTATED_STATE,
-    "deepseek_v41": "its caches compress keys by their absolute position, in a protocol of its own",
+    "deepseek_v41": "it compresses keys by their absolute position, in caches of its own kind",
     "gpt2": _LEARNED_POSITIONS,
     "gpt_bigcode": _LEARNED_POSITIONS,
+    "hunyuan": _NORM_AFTER,
+    "hunyuan_v1_dense": _NORM_AFTER,
     "iquestloopcoder": "its gates read queries that are rotated by their absolute position",
     "minimax_m3_vl": "it selects blocks of keys by their place in an unbounded cache",
+    "olmo": "mlx-lm's module needs a package of its own, and fails on more than one token",
     "phi3small": "it selects blocks of keys by their absolute position",
 }
 """Architectures that cannot keep the contract, and why."""
@@ -59,7 +66,8 @@ def _scaled_from(args: Any) -> int | None:
 
 def _tempered_from(args: Any) -> int | None:
     """Llama 4: layers without positions scale by ``(position + 1) // floor_scale``."""
-    return int(args.floor_scale) - 1 if args.attn_temperature_tuning else None
+    tuned = getattr(args, "attn_temperature_tuning", False)
+    return int(args.floor_scale) - 1 if tuned else None
 
 
 _LIMITS: dict[str, Callable[[Any], int | None]] = {
@@ -80,24 +88,6 @@ def position_limit(model: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
-# Norms between the rotation and the product.
-
-_NORMS_AFTER = {"hunyuan": "query_layernorm", "hunyuan_v1_dense": "query_layernorm"}
-
-
-def query_weights(model: nn.Module) -> list[mx.array | None]:
-    """Return, for each layer, the factors that a norm puts on queries that are rotated already.
-
-    Without them a norm changes nothing: rotations keep the length.
-    """
-    weights: list[mx.array | None] = []
-    for layer in cast("list[Any]", cast("Any", model).layers):
-        name = _NORMS_AFTER.get(type(layer).__module__.rpartition(".")[2])
-        norm = None if name is None else getattr(layer.self_attn, name, None)
-        weights.append(None if norm is None else norm.weight.astype(mx.float32))
-    return weights
-
-
 # Kernels of mlx-lm that rotate.
 
 
@@ -114,7 +104,7 @@ FUSED_ROPES: dict[str, Callable[..., RopeCall]] = {"qk_norm_rope": _of_qk_norm_r
 
 
 def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-    """Gemma 2's attention, on our caches: it splits heads by a head_dim that may not be doubled."""
+    """Gemma 2's attention on our caches: its own takes no doubled heads, as `aligned` makes them."""
     B, L, _ = x.shape
 
     def heads(projected: mx.array, n: int) -> mx.array:

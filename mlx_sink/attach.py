@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.aligned import AlignedCache, Rows, align_ropes, restore_ropes
-from mlx_sink.architectures import VERIFIED, position_limit, query_weights, refusal
+from mlx_sink.architectures import VERIFIED, position_limit, refusal
 from mlx_sink.cache import SinkCache, leaves
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
@@ -109,6 +108,7 @@ def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:
             raise UnsupportedModelError(reason)
         make = _planned(model, config)
         caches = make()
+        _check_rollback(caches, config)
         trace(model, caches, 2)
         layers = _report(caches)
         if _architecture(model) not in VERIFIED:
@@ -172,12 +172,12 @@ def _planned(model: nn.Module, config: SinkConfig) -> _MakeCache:
 
     rings = [(i, ring) for i, cache in enumerate(watched()) for ring in _rings([cache])]
     near, far = watch(model, watched, farthest)
-    rotations, weights = _Rotations(farthest), query_weights(model)
+    rotations = _Rotations(farthest)
     windows = _windows(zip([ring for _, ring in rings], near, strict=True))
     plans: list[_Plan] = []
     for (i, ring), a, b in zip(rings, near, far, strict=True):
         try:
-            plan = _plan(a, b, rotations, weights[i] if i < len(weights) else None)
+            plan = _plan(a, b, rotations)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{error} (layer {i})") from None
         if plan.limit is None:
@@ -202,7 +202,7 @@ def _windows(rings: Iterable[tuple[SinkCache, Seen]]) -> dict[int, int]:
     return windows
 
 
-def _plan(near: Seen, far: Seen, rotations: _Rotations, weights: mx.array | None) -> _Plan:
+def _plan(near: Seen, far: Seen, rotations: _Rotations) -> _Plan:
     if not near.calls and not far.calls:
         return _Plan(rotations.of(None), limit=0)
     if near.calls != 1 or far.calls != 1:
@@ -214,12 +214,22 @@ def _plan(near: Seen, far: Seen, rotations: _Rotations, weights: mx.array | None
         )
     lends = near.lends or far.lends
     if near.attended and far.attended and not near.rotated:
-        return _Plan(rotations.of(rope, near.keys[-1], weights), lends=lends)
-    if weights is not None or lends:
+        return _Plan(rotations.of(rope, near.keys[-1]), lends=lends)
+    if lends:
         raise UnsupportedModelError("it multiplies queries and keys in a way that is not known")
     widths = near.keys[-1], near.values[-1]
     positions = rotations.of(rope, widths[near.rotated])
     return _Plan(rotations.of(rope), Rows(widths, near.rotated, positions))
+
+
+def _check_rollback(caches: Sequence[Any], config: SinkConfig) -> None:
+    """Raise if tokens are to be taken back, and a layer's cache cannot do that."""
+    for i, cache in enumerate(caches):
+        if config.rollback and not cache.is_trimmable():
+            raise UnsupportedModelError(
+                f"layer {i} has a {type(cache).__name__}, which cannot take tokens back: "
+                f"leave rollback ({config.rollback}) and draft models out"
+            )
 
 
 class _Rotations:
@@ -229,13 +239,11 @@ class _Rotations:
         self._farthest = farthest
         self._known: dict[object, Rotation] = {}
 
-    def of(
-        self, rope: RopeCall | None, width: int = 0, weights: mx.array | None = None
-    ) -> Rotation:
-        rotation = Rotation.of(rope, width, weights)
+    def of(self, rope: RopeCall | None, width: int = 0) -> Rotation:
+        rotation = Rotation.of(rope, width)
         width = max(width, 0 if rope is None else rope.width)
         angles = rotation.interleaved, rotation.frequencies.tobytes()
-        key = (width, rotation.start, id(weights), *angles)
+        key = (width, rotation.start, *angles)
         if key not in self._known:
             if rope is not None:
                 Rotation.of(rope).check(rope, rope.width, self._farthest)

@@ -54,8 +54,9 @@ def sink_attention(
     Rule: where no key of a block needs a turn (before the first wrap, without sinks, or in a
     layer without positions) and no score is capped, MLX's fused attention; elsewhere, for a
     call of at most 8 new tokens whose keys lie in at most 8 ranges (`kernels.decode.fits`) and
-    begin with the rotated dimensions, the kernel `kernels.decode` if it has passed its check on this machine, for as many tokens
-    (`kernels.selfcheck.serves`); for everything else `reference.attend`.
+    begin with the rotated dimensions, the kernel `kernels.decode` if it has passed its check on
+    this machine, for as many tokens (`kernels.selfcheck.serves`); for everything else
+    `reference.attend`.
     """
     turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window
@@ -75,7 +76,7 @@ def sink_attention(
         if softcap is None and (rotation.is_identity or block.turns == STILL):
             return reference.attend_fused(q, keys, values, block, window, scale, learned_sinks)
         if (
-            rotation.is_plain
+            rotation.start == 0
             and fits(layout, block)
             and selfcheck.serves(
                 *(q, keys, values, rotation), softcap=softcap, learned_sinks=learned_sinks

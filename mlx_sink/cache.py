@@ -109,9 +109,9 @@ class SinkCache:
     def _take(self, layout: Layout, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if layout.n == 1:
             ring_keys, ring_values = self._write(layout, keys, values)
-            live = self.ring.live
-            if live < ring_keys.shape[2]:
-                return ring_keys[:, :, :live], ring_values[:, :, :live]
+            extent = self.ring.extent
+            if extent < ring_keys.shape[2]:
+                return ring_keys[:, :, :extent], ring_values[:, :, :extent]
             return ring_keys, ring_values
         # The chunk's writes evict rows that its own first queries still see: fetch first.
         fetched = _gather(self.keys, layout.held, keys), _gather(self.values, layout.held, values)
@@ -122,9 +122,9 @@ class SinkCache:
         self, layout: Layout, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Put the new rows into their slots, growing the arrays up to the capacity."""
-        slots = layout.after.live
+        slots = layout.after.extent
         if self.keys is None or self.values is None or slots > self.keys.shape[2]:
-            room = min(-(-slots // GROWTH) * GROWTH, layout.after.capacity)
+            room = min(-(-slots // GROWTH) * GROWTH, layout.after.slots)
             self.keys = _grown(self.keys, keys, room)
             self.values = _grown(self.values, values, room)
         for c in layout.writes:
@@ -198,22 +198,35 @@ class SinkCache:
         raise CacheError(f"a sink ring cannot be quantised: leave kv_bits ({bits}) out")
 
     def is_trimmable(self) -> bool:
-        """False: tokens can be taken back only until the first eviction.
+        """Tell whether tokens can be taken back at any time: with spare slots they can.
 
-        mlx-lm asks once, before it starts to draft tokens, and ignores a refusal later. So this
-        says no from the start, and its speculative decoding refuses such a cache in one line.
+        mlx-lm asks once, before it starts to draft tokens, and ignores a refusal later. So without
+        spare slots this says no from the start, although `trim` works until the first eviction,
+        and its speculative decoding refuses such a cache in one line.
         """
-        return False
+        return self.ring.rollback > 0
+
+    @property
+    def spare(self) -> int:
+        """Tokens that `trim` can take back now."""
+        return self.ring.spare
 
     def trim(self, n: int) -> int:
-        """Take back the newest ``n`` tokens, exactly, while nothing has been evicted.
+        """Take back the newest ``n`` tokens, as if they had never come.
+
+        Returns:
+            The tokens taken back: n, or all there are if those are fewer.
 
         Raises:
-            CacheError: Tokens have been evicted, so the result would be wrong.
+            CacheError: n is more than `spare`, so the result would be wrong.
         """
         n = min(n, self.ring.tokens)
         self.ring = self.ring.trimmed(n)
         return n
+
+    def reopen(self) -> None:
+        """Take back the newest token once more than `spare` allows, to read the same one again."""
+        self.ring = self.ring.reopened()
 
     def size(self) -> int:
         """Return the tokens held."""
@@ -235,8 +248,9 @@ class SinkCache:
         The arrays are the live ones, which later tokens are written into: copy them to keep them.
         """
         ring = self.ring
-        integers = (ring.num_sinks, ring.window, ring.epoch)
-        return self.keys, self.values, *integers, ring.tokens, ring.start, ring.previous
+        sizes, stands = (ring.num_sinks, ring.window, ring.epoch), (ring.tokens, ring.start)
+        since = ring.previous, ring.rollback, ring.taken_back
+        return self.keys, self.values, *sizes, *stands, *since
 
     @state.setter
     def state(self, value: tuple[Any, ...]) -> None:

@@ -29,8 +29,10 @@ class SinkConfig:
         num_sinks: First tokens of the stream that are never evicted; at least 0.
         window: Newest tokens that stay visible, the token's own included; at least 1.
         epoch: Tokens after which the positions that RoPE sees start again from 0; at least
-            ``num_sinks + window``. ``None`` means 4096, or the capacity if that is more. It
-            changes no result beyond rounding; tests make it small.
+            ``num_sinks + window + rollback``. ``None`` means 4096, or that sum if it is more.
+            It changes no result beyond rounding; tests make it small.
+        rollback: Newest tokens that can be taken back at any time, exactly; at least 0. Each
+            costs a slot.
 
     Raises:
         ConfigError: A value is not an integer or out of range.
@@ -42,27 +44,34 @@ class SinkConfig:
     num_sinks: int = DEFAULT_NUM_SINKS
     window: int = DEFAULT_WINDOW
     epoch: int | None = None
+    rollback: int = 0
 
     def __post_init__(self) -> None:
         _check_integer("num_sinks", self.num_sinks, at_least=0)
         _check_integer("window", self.window, at_least=1)
+        _check_integer("rollback", self.rollback, at_least=0)
         if self.epoch is not None:
             _check_integer("epoch", self.epoch, at_least=1)
-            if self.epoch < self.capacity:
+            if self.epoch < self.slots:
+                parts = "num_sinks + window" + " + rollback" * (self.rollback > 0)
                 raise ConfigError(
-                    f"epoch must be at least num_sinks + window ({self.capacity}), "
-                    f"got {self.epoch}"
+                    f"epoch must be at least {parts} ({self.slots}), got {self.epoch}"
                 )
 
     @property
     def capacity(self) -> int:
-        """Tokens that the cache holds when full: ``num_sinks + window``."""
+        """Tokens that the context of a full cache has: ``num_sinks + window``."""
         return self.num_sinks + self.window
+
+    @property
+    def slots(self) -> int:
+        """Slots of a full cache: the capacity, and one for each token of `rollback`."""
+        return self.capacity + self.rollback
 
     @property
     def epoch_length(self) -> int:
         """Tokens in an epoch, the default resolved."""
-        return max(self.capacity, DEFAULT_EPOCH) if self.epoch is None else self.epoch
+        return max(self.slots, DEFAULT_EPOCH) if self.epoch is None else self.epoch
 
     def check_context(self, context: int | None) -> None:
         """Raise unless the whole context lies within what the model was trained on.

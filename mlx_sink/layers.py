@@ -77,10 +77,10 @@ def common_epoch(native: Sequence[Any], config: SinkConfig, limit: int | None) -
     Raises:
         UnsupportedModelError: The rings do not fit below ``limit``.
     """
-    rings: list[int] = [config.capacity]
+    rings: list[int] = [config.slots]
 
     def note(window: SinkConfig) -> Any:
-        rings.append(window.capacity)
+        rings.append(window.slots)
 
     unbounded = replace(config, epoch=None)
     bounded_caches(native, replace(unbounded, epoch=1 << 40), note)

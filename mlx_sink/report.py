@@ -55,7 +55,7 @@ def report_of(index: int, cache: Any) -> LayerReport:
         "sink ring" if cache.ring.num_sinks else "window ring",
         "model" if isinstance(cache, AlignedCache) else "mlx_sink",
         "none" if cache.rotation.is_identity else "rope",
-        cache.ring.capacity,
+        cache.ring.slots,
         sum(a.shape[1] * a.shape[3] * a.itemsize for a in rows),
     )
 
