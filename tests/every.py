@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import io
 import pkgutil
@@ -23,7 +24,7 @@ import mlx_lm.models
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .every_configs import FIELDS, LAYERS, NO_SINGLE, OVERRIDES, SINGLE
+from .every_configs import FIELDS, LAYERS, MIXED, NO_SINGLE, OVERRIDES, SINGLE
 
 GAIN = 1.5
 """What a projection multiplies the standard deviation of its input by."""
@@ -61,28 +62,38 @@ def unavailable() -> dict[str, str]:
 
 
 def tiny(
-    name: str, n_layers: int | None = None, dtype: mx.Dtype = mx.float32, seed: int = 0
+    name: str,
+    n_layers: int | None = None,
+    dtype: mx.Dtype = mx.float32,
+    seed: int = 0,
+    **options: Any,
 ) -> nn.Module:
     """Make a random model with as few layers as show every kind of layer that it has.
 
-    With ``n_layers`` the pattern of the layer kinds is cut or repeated.
+    With ``n_layers`` the pattern of the layer kinds is cut or repeated. ``options`` are fields
+    of the configuration, as in `config`.
     """
-    return _make(name, OVERRIDES.get(name, {}), n_layers, dtype, seed)
+    return _make(name, {**OVERRIDES.get(name, {}), **options}, n_layers, dtype, seed)
 
 
 def one_attention_layer(
     name: str, dtype: mx.Dtype = mx.float32, seed: int = 0
 ) -> nn.Module | None:
-    """Make a random model with one layer of full attention and nothing recurrent.
+    """Make a random model in which one layer mixes tokens, by full attention.
 
-    Returns None where the configuration does not allow that; `no_single_layer` says why.
+    Where the architecture insists on another such layer, that layer's output projection is
+    zero. Returns None where even that is impossible; `no_single_layer` says why.
     """
     if name in NO_SINGLE:
         return None
     options = OVERRIDES.get(name, {})
     single = {"layer_types": ("full_attention",)} if "layer_types" in options else {}
     single.update(SINGLE.get(name, {}))
-    return _make(name, {**options, **single}, None if "layers" in single else 1, dtype, seed)
+    model = _make(name, {**options, "layers": 1, **single}, None, dtype, seed)
+    for path, value in tree_flatten(model.parameters()):
+        if path.startswith(single.get("silent", ())):
+            model.update(tree_unflatten([(path, mx.zeros_like(value))]))
+    return model
 
 
 def no_single_layer(name: str) -> str | None:
@@ -93,15 +104,34 @@ def no_single_layer(name: str) -> str | None:
 def config(name: str, options: Mapping[str, Any], n_layers: int | None = None) -> dict[str, Any]:
     """Return a configuration as a checkpoint would hold it, for ``ModelArgs.from_dict``.
 
-    In ``options`` a tuple is a pattern, one entry per layer, and ``layers`` the number of
-    layers, by default the length of the longest pattern.
+    In ``options`` a tuple is a pattern, repeated to one entry per layer; a function is called
+    with the number of layers, and gives an entry or several. ``layers`` is their number where
+    it is neither the length of the longest pattern nor that of `MIXED`.
     """
     patterns = [len(value) for value in options.values() if isinstance(value, tuple)]
-    n = n_layers or options.get("layers") or max(patterns, default=1)
+    fewest = 2 if any(field in MIXED for field in _fields(_survey()[0][name])) else 1
+    n = n_layers or options.get("layers") or max(patterns, default=fewest)
     filled: dict[str, Any] = {**FIELDS, **dict.fromkeys(LAYERS, n), "model_type": name}
     for key, value in options.items():
-        filled[key] = [value[i % len(value)] for i in range(n)] if isinstance(value, tuple) else value
-    return {**copy.deepcopy(filled), "text_config": copy.deepcopy(filled)}
+        if isinstance(value, tuple):
+            value = [value[i % len(value)] for i in range(n)]
+        elif callable(value):
+            value = value(n)
+            value = list(value) if isinstance(value, range) else value
+        filled[key] = value
+    return copy.deepcopy({**filled, "text_config": filled})
+
+
+def _fields(module: ModuleType) -> set[str]:
+    """Return the configuration fields of a module and of the modules whose model it wraps."""
+    wrapped = [value.ModelArgs for value in vars(module).values() if hasattr(value, "ModelArgs")]
+    found = [value for value in vars(module).values() if isinstance(value, type)]
+    return {
+        field.name
+        for value in [*found, *wrapped]
+        if dataclasses.is_dataclass(value)
+        for field in dataclasses.fields(value)
+    }
 
 
 def _make(
@@ -111,9 +141,10 @@ def _make(
     model = module.Model(module.ModelArgs.from_dict(config(name, options, n_layers)))
     randomize(model, seed)
     keep = getattr(model, "cast_predicate", lambda path: True)
+    weights = tree_flatten(model.parameters())
     cast = [
-        (path, value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and keep(path) else value)
-        for path, value in tree_flatten(model.parameters())
+        (path, value.astype(dtype) if value.dtype == mx.float32 and keep(path) else value)
+        for path, value in weights
     ]
     model.update(tree_unflatten(cast))
     mx.eval(model.parameters())
@@ -124,19 +155,18 @@ def randomize(model: nn.Module, seed: int) -> None:
     """Replace every parameter by a random one; none stays zero, none is all the same."""
     random = np.random.default_rng(seed)
     weights = [
-        (path, mx.array(_random(random, path, value)))
+        (path, mx.array(_random(random, path, value)).astype(value.dtype))
         for path, value in tree_flatten(model.parameters())
     ]
     model.update(tree_unflatten(weights))
 
 
 def _random(random: np.random.Generator, path: str, value: mx.array) -> np.ndarray:
-    """Return random values of one parameter's shape, float32 where it is floating."""
-    if value.dtype == mx.uint8:
-        pairs = random.integers(0, 3, (4, *value.shape))
-        return sum(pair << 2 * i for i, pair in enumerate(pairs)).astype(np.uint8)
+    """Return random values of one parameter's shape; packed ones are random bits."""
+    if not mx.issubdtype(value.dtype, mx.floating):
+        return random.integers(0, 2 ** (8 * value.itemsize), value.shape, dtype=f"u{value.itemsize}")
     noise = random.standard_normal(value.shape, dtype=np.float32)
-    if value.ndim < 2:
+    if value.ndim < 2 or path.endswith(("scales", "biases")):
         return np.array(value.astype(mx.float32)) + SPREAD * noise
     if "embed" in path and value.ndim == 2:
         return 0.5 * noise
