@@ -113,6 +113,8 @@ def config(name: str, options: Mapping[str, Any], n_layers: int | None = None) -
     n = n_layers or options.get("layers") or max(patterns, default=fewest)
     filled: dict[str, Any] = {**FIELDS, **dict.fromkeys(LAYERS, n), "model_type": name}
     for key, value in options.items():
+        if key == "amend":
+            continue
         if isinstance(value, tuple):
             value = [value[i % len(value)] for i in range(n)]
         elif callable(value):
@@ -139,6 +141,7 @@ def _make(
 ) -> nn.Module:
     module = _survey()[0][name]
     model = module.Model(module.ModelArgs.from_dict(config(name, options, n_layers)))
+    options.get("amend", lambda model: None)(model)
     randomize(model, seed)
     keep = getattr(model, "cast_predicate", lambda path: True)
     weights = tree_flatten(model.parameters())
@@ -165,6 +168,8 @@ def _random(random: np.random.Generator, path: str, value: mx.array) -> np.ndarr
     """Return random values of one parameter's shape; packed ones are random bits."""
     if not mx.issubdtype(value.dtype, mx.floating):
         return random.integers(0, 2 ** (8 * value.itemsize), value.shape, dtype=f"u{value.itemsize}")
+    if path.endswith("dt_bias"):
+        value = value * 0 - 3.0
     noise = random.standard_normal(value.shape, dtype=np.float32)
     if value.ndim < 2 or path.endswith(("scales", "biases")):
         return np.array(value.astype(mx.float32)) + SPREAD * noise

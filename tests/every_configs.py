@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models.bitlinear_layers import BitLinear
+
 WINDOW = 6
 """The native sliding window, and the chunk of chunked attention."""
 
@@ -165,11 +170,31 @@ _LONGCAT = {
 }
 _INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
 
+
+def _plain_linear(model: nn.Module) -> None:
+    """Put full-precision layers for bitnet's packed ones, which run on Metal alone."""
+    model.update_modules(
+        tree_map(
+            lambda layer: nn.Linear(layer.in_features, layer.out_features, "bias" in layer)
+            if isinstance(layer, BitLinear)
+            else layer,
+            model.leaf_modules(),
+            is_leaf=nn.Module.is_module,
+        )
+    )
+
+
+def _no_dummy_tokens(model: nn.Module) -> None:
+    """Forget the ids, all above 100000, whose logits phi3small makes minus infinity."""
+    model._dummy_tokenizer_ids = mx.array([], dtype=mx.int32)
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "Klear": {"layers": 2, "mlp_only_layers": [0]},
     "afm7": {"layers": 2, "num_kv_reuse_layers": lambda n: n // 2},
     "afmoe": {"layer_types": _SLIDING},
-    "baichuan_m1": {"layers": 2, "sliding_window_layers": lambda n: range(0, n, 2)},
+    "baichuan_m1": {"layers": 2, "tie_word_embeddings": False, "sliding_window_layers": lambda n: range(0, n, 2)},
+    "bitnet": {"amend": _plain_linear},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
@@ -215,7 +240,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "use_cla": True,
         "cla_share_factor": 2,
         "use_mixed_mlp_moe": True,
-        "rope_scaling": {"type": "dynamic", "alpha": 4.0},
+        "rope_scaling": {"type": "dynamic", "alpha": 4.0, "factor": 1.0},
     },
     "jamba": {
         "layers": 2,
@@ -271,6 +296,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "muse_spark": {
         "layer_types": _SLIDING,
         "layer_rope_theta": (1e4, 0.0),
+        "num_shared_experts": 0,
         "post_norm_eps": 1e-8,
         "output_multiplier": 1.0,
     },
@@ -294,7 +320,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_kv_heads": (2,),
         "ffn_multipliers": (1.5,),
     },
-    "phi3small": {"layers": 2, "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
+    "phi3small": {
+        "layers": 2,
+        "dense_attention_every_n_layers": 2,
+        "gegelu_limit": 20.0,
+        "amend": _no_dummy_tokens,
+    },
     "plamo2": {"layers": 2},
     "prism_hadamard_qwen35": {
         "intermediate_size": 128,
