@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import io
 import pkgutil
+import sys
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
@@ -77,7 +78,7 @@ def tiny(
 
 
 def one_attention_layer(
-    name: str, dtype: mx.Dtype = mx.float32, seed: int = 0
+    name: str, dtype: mx.Dtype = mx.float32, seed: int = 0, **options: Any
 ) -> nn.Module | None:
     """Make a random model in which one layer mixes tokens, by full attention.
 
@@ -86,13 +87,13 @@ def one_attention_layer(
     """
     if name in NO_SINGLE:
         return None
-    options = OVERRIDES.get(name, {})
-    single = {"layer_types": ("full_attention",)} if "layer_types" in options else {}
-    single.update(SINGLE.get(name, {}))
-    model = _make(name, {**options, "layers": 1, **single}, None, dtype, seed)
-    for path, value in tree_flatten(model.parameters()):
-        if path.startswith(single.get("silent", ())):
-            model.update(tree_unflatten([(path, mx.zeros_like(value))]))
+    usual = OVERRIDES.get(name, {})
+    single = {"layer_types": ("full_attention",)} if "layer_types" in usual else {}
+    settings = {**usual, "layers": 1, "silent": (), **single, **SINGLE.get(name, {}), **options}
+    model = _make(name, settings, None, dtype, seed)
+    weights = tree_flatten(model.parameters())
+    silent = [(path, 0 * value) for path, value in weights if path.startswith(settings["silent"])]
+    model.update(tree_unflatten(silent))
     return model
 
 
@@ -113,7 +114,7 @@ def config(name: str, options: Mapping[str, Any], n_layers: int | None = None) -
     n = n_layers or options.get("layers") or max(patterns, default=fewest)
     filled: dict[str, Any] = {**FIELDS, **dict.fromkeys(LAYERS, n), "model_type": name}
     for key, value in options.items():
-        if key == "amend":
+        if key in ("amend", "silent"):
             continue
         if isinstance(value, tuple):
             value = [value[i % len(value)] for i in range(n)]
@@ -125,13 +126,15 @@ def config(name: str, options: Mapping[str, Any], n_layers: int | None = None) -
 
 
 def _fields(module: ModuleType) -> set[str]:
-    """Return the configuration fields of a module and of the modules whose model it wraps."""
-    wrapped = [value.ModelArgs for value in vars(module).values() if hasattr(value, "ModelArgs")]
-    found = [value for value in vars(module).values() if isinstance(value, type)]
+    """Return the configuration fields of a module and of those that it takes models from."""
+    names = {getattr(value, "__module__", None) for value in vars(module).values()}
+    names |= {value.__name__ for value in vars(module).values() if isinstance(value, ModuleType)}
+    sources = [sys.modules[name] for name in names if name and name.startswith("mlx_lm.models.")]
     return {
         field.name
-        for value in [*found, *wrapped]
-        if dataclasses.is_dataclass(value)
+        for source in [module, *sources]
+        for value in vars(source).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
         for field in dataclasses.fields(value)
     }
 
@@ -167,7 +170,9 @@ def randomize(model: nn.Module, seed: int) -> None:
 def _random(random: np.random.Generator, path: str, value: mx.array) -> np.ndarray:
     """Return random values of one parameter's shape; packed ones are random bits."""
     if not mx.issubdtype(value.dtype, mx.floating):
-        return random.integers(0, 2 ** (8 * value.itemsize), value.shape, dtype=f"u{value.itemsize}")
+        return random.integers(
+            0, 2 ** (8 * value.itemsize), value.shape, dtype=f"u{value.itemsize}"
+        )
     if path.endswith("dt_bias"):
         value = value * 0 - 3.0
     noise = random.standard_normal(value.shape, dtype=np.float32)

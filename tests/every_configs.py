@@ -82,7 +82,6 @@ FIELDS: dict[str, Any] = {
         1,
     ),
     "mlp_only_layers": [],
-
     # Recurrent layers.
     **dict.fromkeys("state_size ssm_state_size mamba_d_state".split(), 8),
     **dict.fromkeys(
@@ -175,9 +174,11 @@ def _plain_linear(model: nn.Module) -> None:
     """Put full-precision layers for bitnet's packed ones, which run on Metal alone."""
     model.update_modules(
         tree_map(
-            lambda layer: nn.Linear(layer.in_features, layer.out_features, "bias" in layer)
-            if isinstance(layer, BitLinear)
-            else layer,
+            lambda layer: (
+                nn.Linear(layer.in_features, layer.out_features, "bias" in layer)
+                if isinstance(layer, BitLinear)
+                else layer
+            ),
             model.leaf_modules(),
             is_leaf=nn.Module.is_module,
         )
@@ -193,7 +194,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Klear": {"layers": 2, "mlp_only_layers": [0]},
     "afm7": {"layers": 2, "num_kv_reuse_layers": lambda n: n // 2},
     "afmoe": {"layer_types": _SLIDING},
-    "baichuan_m1": {"layers": 2, "tie_word_embeddings": False, "sliding_window_layers": lambda n: range(0, n, 2)},
+    "baichuan_m1": {
+        "layers": 2,
+        "tie_word_embeddings": False,
+        "sliding_window_layers": lambda n: range(0, n, 2),
+    },
     "bitnet": {"amend": _plain_linear},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
@@ -264,7 +269,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": _LFM2,
     "lille-130m": {"n_embd": 96},
     "llama": {"layer_types": _SLIDING},
-    "llama4": {"layers": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "floor_scale": 8},
+    "llama4": {
+        "layers": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "floor_scale": 8,
+    },
     "llama4_text": {"no_rope_layers": (1, 0)},
     "longcat_flash": _LONGCAT,
     "longcat_flash_ngram": {
@@ -324,10 +334,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers": 2,
         "dense_attention_every_n_layers": 2,
         "gegelu_limit": 20.0,
+        "blocksparse_block_size": 32,
+        "blocksparse_num_local_blocks": 1,
+        "blocksparse_vert_stride": 2,
         "amend": _no_dummy_tokens,
     },
     "plamo2": {"layers": 2},
     "prism_hadamard_qwen35": {
+        "num_experts": 0,
         "intermediate_size": 128,
         "tensor_namespace": "mlx-vlm-qwen3_5",
         "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
@@ -340,6 +354,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             }
         ],
     },
+    "qwen3_5": {"num_experts": 0},
     "recurrent_gemma": {"block_types": ("recurrent", "attention")},
     "smollm3": {"layers": 2, "no_rope_layer_interval": 2},
     "spark2_5": {"layer_types": _SLIDING, "rope_parameters": _BY_TYPE, "hidden_act": "gelu"},
@@ -347,9 +362,64 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 """What `FIELDS` does not do, by architecture; see `every.config` for the forms of a value."""
 
+
+def _silent(*paths: str, **options: Any) -> dict[str, Any]:
+    """Return options for an architecture that insists on a layer before the one wanted."""
+    return {"layers": 2, "layer_types": _SLIDING, "silent": paths, **options}
+
+
+_SILENT_LINEAR = _silent("language_model.model.layers.0.linear_attn.out_proj")
+
 SINGLE: dict[str, dict[str, Any]] = {
+    "afm7": {"num_kv_reuse_layers": 0},
+    "bailing_hybrid": {"layer_group_size": 1},
+    "bailing_moe_linear": _silent("model.layers.0.attention.dense"),
+    "bailing_moe_v3": {"layer_group_size": 1},
+    "cohere2": {"sliding_window_pattern": 1},
+    "exaone4": {"sliding_window_pattern": None},
+    "falcon_h1": {"silent": ("model.layers.0.mamba.out_proj",)},
+    "gemma3": {"sliding_window_pattern": 1},
+    "gemma3_text": {"sliding_window_pattern": 1},
+    "gemma3n": _silent("model.language_model.layers.0.self_attn.o_proj", num_kv_shared_layers=0),
+    "gemma4": {"num_kv_shared_layers": 0},
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "gpt_oss": _silent("model.layers.0.self_attn.o_proj"),
+    "granitemoehybrid": {"layer_types": ("attention",)},
+    "jamba": _silent("model.layers.0.mamba.out_proj"),
+    "kimi_k3": {"linear_attn_config": {**_KIMI["linear_attn_config"], "kda_layers": []}},
+    "kimi_linear": _silent("model.layers.0.self_attn.o_proj"),
+    "lfm2": _silent("model.layers.0.conv.out_proj", **_LFM2),
+    "lfm2-vl": _silent("language_model.model.layers.0.conv.out_proj", **_LFM2),
+    "lfm2_moe": _silent("model.layers.0.conv.out_proj", **_LFM2),
+    "llama4": _silent(
+        *(f"language_model.model.layers.{i}.self_attn.o_proj" for i in range(3)), layers=4
+    ),
+    "longcat_flash": {"silent": ("model.layers.0.self_attn.0.o_proj",)},
+    "longcat_flash_ngram": {
+        "silent": ("model.layers.0.self_attn.0.o_proj", "model.ngram_embeddings.post_projs"),
+    },
+    "mimo_v2_flash": _silent("model.layers.0.self_attn.o_proj"),
+    "nanbeige": {"num_loops": 1},
+    "nemotron_h": _silent(
+        "backbone.layers.0.mixer.out_proj", layers_block_type=("mamba", "attention")
+    ),
+    "olmo3": _silent("model.layers.0.self_attn.o_proj"),
+    "plamo2": {"mamba_enabled": False, "mamba_step": 1},
+    "plamo3": {"sliding_window_pattern": 1},
+    "prism_hadamard_qwen35": _SILENT_LINEAR,
+    "qwen3_5": _SILENT_LINEAR,
+    "qwen3_5_moe": _SILENT_LINEAR,
+    "qwen3_next": _silent("model.layers.0.linear_attn.out_proj"),
 }
 """What one layer of full attention needs beyond its number and ``layer_types``."""
 
-NO_SINGLE: dict[str, str] = {}
+NO_SINGLE: dict[str, str] = {
+    "baichuan_m1": "its keys and values mix every token with the one before",
+    "deepseek_v41": "all its layers have a native window, and some compressed groups of tokens",
+    "iquestloopcoder": "its layers run twice, the second time over the keys of the first",
+    "mamba": "it has no attention",
+    "mamba2": "it has no attention",
+    "recurrent_gemma": "all its attention has a native window",
+    "rwkv7": "it has no attention",
+}
 """Why an architecture cannot have a single layer of full attention."""
