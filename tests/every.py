@@ -1,7 +1,7 @@
 """A tiny random instance of every architecture of the installed mlx-lm.
 
 The list is read from the package. A configuration is filled by the names of its fields
-(`every_configs.FIELDS`); what that rule does not reach is in `every_configs.OVERRIDES`. The
+(`FIELDS`); what that rule does not reach is in `every_configs.OVERRIDES`. The
 weights are random and large enough for the logits to depend on positions and on the context.
 """
 
@@ -23,9 +23,89 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 import numpy as np
+from every_configs import NO_SINGLE, OVERRIDES, SINGLE
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .every_configs import FIELDS, LAYERS, MIXED, NO_SINGLE, OVERRIDES, SINGLE
+WINDOW = 6
+"""The native sliding window, and the chunk of chunked attention, in tokens."""
+
+LAYERS = "num_hidden_layers num_layers n_layers n_layer num_transformer_layers"
+"""The names that the number of layers goes by."""
+
+MIXED = {
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "sliding_window_pattern",
+    "layer_group_size",
+    "full_attention_interval",
+}
+"""Fields that make the first layer, or every other one, differ: two layers show both kinds."""
+
+_VALUES: list[tuple[Any, str]] = [
+    (64, "vocab_size num_vocab vocab_size_per_layer_input"),
+    (512, "max_position_embeddings model_max_length n_positions n_ctx block_size"),
+    # Widths.
+    (32, "hidden_size hidden_dim n_embd d_model model_dim block_dim mamba_d_ssm"),
+    (48, "intermediate_size ffn_hidden_size ff_intermediate_size n_inner block_ff_dim"),
+    (48, "intermediate_size_mlp dense_intermediate_size shared_intermediate_size"),
+    (24, "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size"),
+    (24, "moe_shared_expert_intermediate_size share_expert_dim moe_hidden_size"),
+    (24, "routed_expert_hidden_size moe_latent_size"),
+    (16, "q_lora_rank kv_lora_rank o_lora_rank"),
+    (8, "a_low_rank_dim v_low_rank_dim gate_low_rank_dim decay_low_rank_dim laurel_rank"),
+    (8, "time_step_rank mamba_dt_rank"),
+    # Heads.
+    (4, "num_attention_heads num_heads n_heads n_head"),
+    (4, "swa_num_attention_heads num_swa_attention_heads"),
+    (2, "num_key_value_heads num_kv_heads n_kv_heads num_attention_groups n_shared_head"),
+    (2, "swa_num_key_value_heads num_swa_key_value_heads"),
+    (8, "head_dim global_head_dim hidden_size_per_head kv_channels v_head_dim"),
+    (8, "swa_head_dim swa_v_head_dim rotary_dim qk_nope_head_dim qk_rope_head_dim"),
+    (8.0, "query_pre_attn_scalar"),
+    # Windows.
+    (WINDOW, "sliding_window sliding_window_size window_size attention_window_size"),
+    (WINDOW, "attention_chunk_size loop_window_size"),
+    (2, "sliding_window_pattern layer_group_size full_attention_interval"),
+    # Experts.
+    (4, "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num"),
+    (2, "num_experts_per_tok num_experts_per_token top_k_experts moe_topk moe_top_k moe_k"),
+    (1, "n_shared_experts num_shared_experts num_shared_expert moe_num_shared_experts"),
+    (1, "n_group topk_group num_expert_group decoder_sparse_step moe_layer_freq"),
+    (1, "first_k_dense_replace num_dense_layers interleave_moe_layer_step"),
+    ([], "mlp_only_layers"),
+    ("noaux_tc", "topk_method"),
+    ("sigmoid", "scoring_func"),
+    # Recurrent layers.
+    (8, "state_size ssm_state_size mamba_d_state"),
+    (8, "mamba_d_head mamba_head_dim linear_key_head_dim linear_value_head_dim"),
+    (4, "mamba_n_heads mamba_num_heads linear_num_value_heads"),
+    (2, "linear_num_key_heads n_groups mamba_n_groups group_norm_size"),
+    (3, "conv_kernel conv1d_width conv_L_cache mamba_d_conv linear_conv_kernel_dim"),
+    (3, "short_conv_kernel_size"),
+    (2, "conv_window mamba_expand"),
+    # Positions.
+    (10000.0, "rope_theta swa_rope_theta rotary_emb_base"),
+    (0.5, "partial_rotary_factor rotary_pct"),
+    ({"rope_theta": 10000.0, "rope_type": "default"}, "rope_parameters"),
+    (None, "rope_scaling"),
+    # Scales.
+    (1e-5, "rms_norm_eps norm_eps layer_norm_eps layer_norm_epsilon layernorm_epsilon"),
+    (2.0, "logits_scaling embedding_multiplier scale_emb scale_depth"),
+    (0.5, "attention_multiplier residual_multiplier"),
+    (1.5, "routed_scaling_factor"),
+    (1.0, "logit_scale"),
+    (16, "dim_model_base"),
+    (20.0, "final_logit_softcapping logits_soft_cap"),
+    # Options.
+    (True, "attention_bias use_qkv_bias use_bias use_conv_bias conv_bias mamba_conv_bias"),
+    (True, "add_swa_attention_sink_bias add_full_attention_sink_bias use_expert_bias"),
+    (True, "use_qk_norm qk_norm post_norm norm_topk_prob tie_word_embeddings"),
+    (False, "mlp_bias mamba_proj_bias"),
+    ("silu", "hidden_act"),
+]
+
+FIELDS: dict[str, Any] = {name: value for value, names in _VALUES for name in names.split()}
+"""The value of a field of any configuration that has one of this name."""
 
 GAIN = 1.5
 """What a projection multiplies the standard deviation of its input by."""
@@ -112,7 +192,7 @@ def config(name: str, options: Mapping[str, Any], n_layers: int | None = None) -
     patterns = [len(value) for value in options.values() if isinstance(value, tuple)]
     fewest = 2 if any(field in MIXED for field in _fields(_survey()[0][name])) else 1
     n = n_layers or options.get("layers") or max(patterns, default=fewest)
-    filled: dict[str, Any] = {**FIELDS, **dict.fromkeys(LAYERS, n), "model_type": name}
+    filled: dict[str, Any] = {**FIELDS, **dict.fromkeys(LAYERS.split(), n), "model_type": name}
     for key, value in options.items():
         if key in ("amend", "silent"):
             continue
@@ -143,6 +223,7 @@ def _make(
     name: str, options: Mapping[str, Any], n_layers: int | None, dtype: mx.Dtype, seed: int
 ) -> nn.Module:
     module = _survey()[0][name]
+    mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config(name, options, n_layers)))
     options.get("amend", lambda model: None)(model)
     randomize(model, seed)
@@ -168,7 +249,10 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 
 def _random(random: np.random.Generator, path: str, value: mx.array) -> np.ndarray:
-    """Return random values of one parameter's shape; packed ones are random bits."""
+    """Return random values of one parameter's shape.
+
+    Packed weights are random bits. Recurrent layers get time steps that remember.
+    """
     if not mx.issubdtype(value.dtype, mx.floating):
         return random.integers(
             0, 2 ** (8 * value.itemsize), value.shape, dtype=f"u{value.itemsize}"
