@@ -151,8 +151,9 @@ def tiny(
 ) -> nn.Module:
     """Make a random model with as few layers as show every kind of layer that it has.
 
-    With ``n_layers`` the pattern of the layer kinds is cut or repeated. ``options`` are fields
-    of the configuration, as in `config`.
+    With ``n_layers`` the pattern of the layer kinds is cut or repeated, as far as the
+    architecture bears it: llama4 needs four layers, and a hybrid one of each kind. ``options``
+    are fields of the configuration, as in `config`. On a CPU MLX runs experts in float32 only.
     """
     return _make(name, {**OVERRIDES.get(name, {}), **options}, n_layers, dtype, seed)
 
@@ -186,8 +187,9 @@ def config(name: str, options: Mapping[str, Any], n_layers: int | None = None) -
     """Return a configuration as a checkpoint would hold it, for ``ModelArgs.from_dict``.
 
     In ``options`` a tuple is a pattern, repeated to one entry per layer; a function is called
-    with the number of layers, and gives an entry or several. ``layers`` is their number where
-    it is neither the length of the longest pattern nor that of `MIXED`.
+    with the number of layers, and gives a value or a range of layers. ``layers`` is their number
+    where it is neither the length of the longest pattern nor that of `MIXED`. ``amend`` is a
+    function that changes the new model, and ``silent`` names weights to be zero: no fields.
     """
     patterns = [len(value) for value in options.values() if isinstance(value, tuple)]
     fewest = 2 if any(field in MIXED for field in _fields(_survey()[0][name])) else 1

@@ -105,7 +105,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "exaone4": {"layers": 2, "sliding_window_pattern": "LG"},
     "exaone_moe": {"layer_types": _SLIDING, "is_moe_layer": (False, True)},
     "falcon_h1": {"lm_head_multiplier": 1.0, "key_multiplier": 1.0},
-    "gear": {"layer_types": ("conv_mixer", *_SLIDING), "attn_logit_softcapping": 5.0},
+    "gear": {"layer_types": ("conv_mixer", *_SLIDING)},
     "gemma3n": {
         **_GEMMA4,
         "activation_sparsity_pattern": (0.5, 0.0),
