@@ -17,8 +17,22 @@ from mlx_sink.rope import RopeCall
 
 # fmt: off
 VERIFIED = frozenset({
-    "gemma", "granite", "llama", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
-    "stablelm", "starcoder2",
+    "Klear", "afmoe", "apertus", "baichuan_m1", "bailing_moe", "bailing_moe_v3", "bitnet",
+    "cohere", "cohere2", "dbrx", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+    "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "falcon_h1",
+    "gear", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "gemma4_text",
+    "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_neox", "gpt_oss", "gptj",
+    "granite", "granitemoe", "granitemoehybrid", "helium", "internlm2", "internlm3", "jamba",
+    "kimi_k25", "kimi_k3", "kimi_linear", "kimi_vl", "laguna", "lfm2", "lfm2-vl", "lfm2_moe",
+    "lille-130m", "llama", "llama4", "llama4_text", "longcat_flash", "longcat_flash_ngram",
+    "mamba", "mamba2", "mellum", "mimo", "mimo_v2_flash", "minicpm", "minicpm3", "minimax",
+    "ministral3", "mistral3", "mistral4", "mixtral", "muse_glimmer", "muse_spark", "nanbeige",
+    "nanochat", "nemotron", "nemotron-nas", "nemotron_h", "olmo2", "olmo3", "olmo_hybrid",
+    "olmoe", "openelm", "phi", "phi3", "phimoe", "phixtral", "pixtral", "plamo", "plamo2",
+    "plamo3", "prism_hadamard_qwen35", "qwen", "qwen2", "qwen2_moe", "qwen2_vl", "qwen3",
+    "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe",
+    "recurrent_gemma", "rwkv7", "seed_oss", "smollm3", "solar_open", "spark2_5", "stablelm",
+    "starcoder2", "step3p5", "talkie", "telechat3", "youtu_llm",
 })
 # fmt: on
 """Architectures for which the tests show the contract. Any other is put to the proof by `attach`.
@@ -104,7 +118,7 @@ FUSED_ROPES: dict[str, Callable[..., RopeCall]] = {"qk_norm_rope": _of_qk_norm_r
 
 
 def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-    """Gemma 2's attention on our caches: its own takes no doubled heads, as `aligned` makes them."""
+    """Gemma 2's attention on our caches; its own takes no doubled heads as `aligned` makes them."""
     B, L, _ = x.shape
 
     def heads(projected: mx.array, n: int) -> mx.array:

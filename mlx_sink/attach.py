@@ -43,11 +43,12 @@ class _Plan:
     limit: int | None = None
     window: int = 0
 
-    def cache(self, config: SinkConfig) -> SinkCache:
+    def cache(self, config: SinkConfig, chunked: bool) -> SinkCache:
         config = replace(config, window=max(config.window, self.window))
         if self.rows is not None:
             return AlignedCache(config, self.rotation, self.rows, limit=self.limit)
-        return SinkCache(config, self.rotation, lends=self.lends, limit=self.limit)
+        flags = {"lends": self.lends, "chunked": chunked}
+        return SinkCache(config, self.rotation, limit=self.limit, **flags)
 
 
 class _MakeCache:
@@ -74,7 +75,7 @@ class _MakeCache:
 
     def __call__(self) -> list[Any]:
         plans, native = iter(self._plans), copy.deepcopy(self._native)
-        return bounded_caches(native, self._effective, lambda c: next(plans).cache(c))
+        return bounded_caches(native, self._effective, lambda *kind: next(plans).cache(*kind))
 
 
 def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:

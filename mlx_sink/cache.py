@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -33,6 +34,7 @@ class SinkCache:
         rotation: The layer's rotary embedding.
         lends: Other layers attend to this one's rows too, and may name no cache.
         limit: Positions from which on the model would compute something else, or ``None``.
+        chunked: A token sees only its own chunk of ``window`` tokens (Llama 4).
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class SinkCache:
         *,
         lends: bool = False,
         limit: int | None = None,
+        chunked: bool = False,
     ):
-        self.ring = Ring.from_config(config)
+        self.ring = replace(Ring.from_config(config), chunked=chunked)
         self.rotation = rotation
         self.lends = lends
         self.limit = limit
@@ -171,9 +174,24 @@ class SinkCache:
         again = keys is not None and self.handed_out(keys)
         if layout is None or not (was_pending or again):
             raise CacheError("attention was called with keys of another layer or call")
-        if isinstance(mask, mx.array) and mask is not mask_of(layout):
+        if not self.knows(mask):
             raise CacheError("the model attends under a mask of its own")
         return layout
+
+    def knows(self, mask: object) -> bool:
+        """Tell whether a mask says what the layout of the last call says."""
+        if not isinstance(mask, mx.array) or self._layout is None:
+            return True
+        # Models of chunked attention make the mask themselves.
+        return self.ring.chunked or mask is mask_of(self._layout)
+
+    @property
+    def start_position(self) -> int:
+        """What models of chunked attention count the columns of their mask from."""
+        return self.offset
+
+    def maybe_trim_front(self) -> None:
+        """Do nothing: what mlx-lm's ``ChunkedKVCache`` does here, a ring does by itself."""
 
     def make_mask(
         self, n: int, window_size: int | None = None, return_array: bool = False
@@ -255,7 +273,7 @@ class SinkCache:
     @state.setter
     def state(self, value: tuple[Any, ...]) -> None:
         self.keys, self.values, *integers = value
-        self.ring = Ring(*integers)
+        self.ring = Ring(*integers, chunked=self.ring.chunked)
         self._layout, self._is_pending, self._fetched, self._lent = None, False, None, None
 
 
@@ -355,7 +373,7 @@ def mask_of(layout: Layout) -> mx.array:
     token = np.concatenate([np.arange(run.token, run.token + run.length) for run in layout.runs])
     query = np.arange(layout.ring.tokens, layout.end)[:, None]
     near = (token > query - layout.ring.window) | (token < layout.ring.num_sinks)
-    return mx.array((token <= query) & near)
+    return mx.array(cast("Any", (token <= query) & near))
 
 
 def _grown(old: mx.array | None, like: mx.array, slots: int) -> mx.array:

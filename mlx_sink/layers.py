@@ -1,8 +1,8 @@
 """Which cache each layer gets, from the cache that mlx-lm would give it.
 
-A layer with full attention gets the sink ring; one with a sliding window the ring of that window,
-without sinks, at positions that stay as small; what is recurrent or convolutional keeps mlx-lm's
-cache, which does not grow.
+A layer with full attention gets the sink ring; one with a sliding window or with chunked attention
+a ring of that length, without sinks, at positions that stay as small; what is recurrent or
+convolutional keeps mlx-lm's cache, which does not grow.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mlx_sink.cache import CacheGroup, SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import UnsupportedModelError
 
-Make = Callable[[SinkConfig], SinkCache]
-"""Makes the next ring of a model."""
+Make = Callable[[SinkConfig, bool], SinkCache]
+"""Makes the next ring of a model, chunked or not; see `SinkCache`."""
 
 
 def native_caches(model: nn.Module) -> list[Any]:
@@ -46,9 +46,11 @@ def bounded_caches(native: Sequence[Any], config: SinkConfig, make: Make) -> lis
         # Exactly these: a class that is derived from one of them may keep something else.
         kind = type(cache)
         if kind is mlx_lm_cache.KVCache:
-            return make(config)
+            return make(config, False)
         if kind is mlx_lm_cache.RotatingKVCache and not cache.keep:
-            return make(window_config(config, int(cache.max_size)))
+            return make(window_config(config, int(cache.max_size)), False)
+        if kind is mlx_lm_cache.ChunkedKVCache:
+            return make(window_config(config, int(cache.chunk_size)), True)
         if kind is mlx_lm_cache.ArraysCache:
             return cache
         if kind is mlx_lm_cache.CacheList:
@@ -79,7 +81,7 @@ def common_epoch(native: Sequence[Any], config: SinkConfig, limit: int | None) -
     """
     rings: list[int] = [config.slots]
 
-    def note(window: SinkConfig) -> Any:
+    def note(window: SinkConfig, chunked: bool) -> Any:
         rings.append(window.slots)
 
     unbounded = replace(config, epoch=None)

@@ -17,7 +17,8 @@ class LayerReport:
     Attributes:
         index: The layer's place in the list of caches.
         cache: What it got: ``"sink ring"``; ``"window ring"`` in a layer with a sliding window of
-            its own; ``"state"`` for what is recurrent, which mlx-lm keeps.
+            its own; ``"chunk ring"`` in one with chunked attention; ``"state"`` for what is
+            recurrent, which mlx-lm keeps.
         attention: What multiplies queries and keys: ``"mlx_sink"``, or ``"model"`` where the
             model does that on its own and gets keys that are aligned.
         positions: ``"rope"``, or ``"none"`` for a layer without positions.
@@ -52,7 +53,7 @@ def report_of(index: int, cache: Any) -> LayerReport:
     rows = [a for a in (cache.keys, cache.values) if a is not None]
     return LayerReport(
         index,
-        "sink ring" if cache.ring.num_sinks else "window ring",
+        _kind_of(cache),
         "model" if isinstance(cache, AlignedCache) else "mlx_sink",
         "none" if cache.rotation.is_identity else "rope",
         cache.ring.slots,
@@ -99,6 +100,12 @@ class Report:
                 f"{layer.nbytes * (last - first + 1):>12}"
             )
         return "\n".join(lines)
+
+
+def _kind_of(cache: SinkCache) -> str:
+    if cache.ring.chunked:
+        return "chunk ring"
+    return "sink ring" if cache.ring.num_sinks else "window ring"
 
 
 def format_bytes(n: float) -> str:

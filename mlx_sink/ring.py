@@ -8,7 +8,7 @@ tokens (0..8)::
     token   0  1 | 6  7  8  5        token 5 is the oldest, 8 the newest
 
 With R = ``rollback`` spare slots the ring has W + R, and a token is overwritten R tokens later. A
-query sees the newest W all the same; the R before them are kept in case the newest are taken back::
+query sees the newest W all the same; the R before them are kept, in case tokens are taken back::
 
     slot    0  1 | 2  3  4  5  6     R = 1: token 4 is not seen, until 8 is taken back
     token   0  1 | 7  8  4  5  6
@@ -76,6 +76,8 @@ class Ring:
         rollback: R, spare slots.
         taken_back: Rows beyond the newest token that are still in the slots: of tokens that were
             taken back, and not yet overwritten. They have used up as many spare slots.
+        chunked: A query sees nothing before the last token whose index is a multiple of W
+            (chunked attention, Llama 4), and without sinks.
     """
 
     num_sinks: int
@@ -86,6 +88,7 @@ class Ring:
     previous: int = 0
     rollback: int = 0
     taken_back: int = 0
+    chunked: bool = False
 
     @classmethod
     def from_config(cls, config: SinkConfig) -> Ring:
@@ -120,7 +123,7 @@ class Ring:
 
     @property
     def spare(self) -> int:
-        """How many tokens can be taken back: R at least, all while nothing has been overwritten."""
+        """Tokens that can be taken back: R at least, and all until something is overwritten."""
         if self.tokens + self.taken_back <= self.slots:
             return self.tokens
         return self.rollback - self.taken_back
@@ -177,7 +180,7 @@ class Ring:
         if tokens - start >= self.epoch:
             start, previous = tokens, start
         S, W, E, R = self.num_sinks, self.window, self.epoch, self.rollback
-        return Ring(S, W, E, tokens, start, previous, R, taken_back)
+        return Ring(S, W, E, tokens, start, previous, R, taken_back, self.chunked)
 
     def live_runs(self) -> tuple[Run, ...]:
         """Return the tokens of the context in slot order."""
@@ -297,7 +300,7 @@ class Layout:
     def block(self, first: int, last: int) -> Block:
         """Return the keys that queries ``first .. last-1`` see, split by turn."""
         ring, S, W = self.ring, self.ring.num_sinks, self.ring.window
-        oldest = max(S, first - W + 1)
+        oldest = max(S, first - first % W if ring.chunked else first - W + 1)
         # In the first epoch and with nothing evicted, positions are already right.
         sink = Turn.NONE if ring.start == 0 and last <= ring.capacity else Turn.SINK
         spans = (
@@ -349,11 +352,15 @@ def layout_of(ring: Ring, n: int) -> Layout:
 
 @lru_cache(maxsize=64)
 def blocks_of(layout: Layout, size: int) -> tuple[Block, ...]:
-    """Cut the queries of a call into blocks of at most ``size``."""
-    return tuple(
-        layout.block(first, min(first + size, layout.end))
-        for first in range(layout.ring.tokens, layout.end, size)
-    )
+    """Cut the queries of a call into blocks of at most ``size``, and between chunks."""
+    first, blocks = layout.ring.tokens, list[Block]()
+    while first < layout.end:
+        last = min(first + size, layout.end)
+        if layout.ring.chunked:
+            last = min(last, first - first % layout.ring.window + layout.ring.window)
+        blocks.append(layout.block(first, last))
+        first = last
+    return tuple(blocks)
 
 
 def _merged(ranges: Sequence[KeyRange]) -> tuple[Span, ...]:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.architectures import FUSED_ROPES
-from mlx_sink.cache import SinkCache, leaves, mask_of
+from mlx_sink.cache import SinkCache, leaves
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
 from mlx_sink.hook import defining_modules
@@ -54,8 +54,8 @@ class Seen:
 class WatchedCache(SinkCache):
     """A ring that notes what is done with it."""
 
-    def __init__(self, config: SinkConfig):
-        super().__init__(config, Rotation([]), lends=True)
+    def __init__(self, config: SinkConfig, chunked: bool = False):
+        super().__init__(config, Rotation([]), lends=True, chunked=chunked)
         self.seen = Seen()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -77,10 +77,8 @@ class WatchedCache(SinkCache):
 
     def leaves_to_model(self, keys: mx.array, mask: object) -> bool:
         """Note whether ours could have been used, and leave it to mlx-lm."""
-        layout, was_pending = self._layout, self._is_pending
-        self._is_pending = False
-        ours = layout is not None and (not isinstance(mask, mx.array) or mask is mask_of(layout))
-        if was_pending and ours:
+        was_pending, self._is_pending = self._is_pending, False
+        if was_pending and self.knows(mask):
             self.seen.attended += 1
         elif not was_pending:
             self.seen.lends = True

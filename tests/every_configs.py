@@ -18,7 +18,7 @@ _SLIDING = ("sliding_attention", "full_attention")
 _BY_TYPE = {
     kind: {**_ROPE, "rope_theta": theta} for kind, theta in zip(_SLIDING, (1e3, 1e4), strict=True)
 }
-_SCALED = {**_ROPE, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 8}
+_SCALED = {**_ROPE, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 512}
 _LFM2 = {
     "layer_types": ("conv", "full_attention"),
     "block_multiple_of": 8,
@@ -153,7 +153,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers": 4,
         "num_experts_per_tok": 1,
         "interleave_moe_layer_step": 2,
-        "floor_scale": 8,
+        "floor_scale": 512,
     },
     "llama4_text": {"no_rope_layers": (1, 0)},
     "longcat_flash": _LONGCAT,
