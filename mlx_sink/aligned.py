@@ -24,6 +24,7 @@ import mlx.nn as nn
 
 from mlx_sink.cache import SinkCache, mask_of
 from mlx_sink.config import SinkConfig
+from mlx_sink.errors import CacheError
 from mlx_sink.ring import Block, Layout, Span, Turn, layout_of
 from mlx_sink.rope import Rotation
 
@@ -36,11 +37,14 @@ class Rows:
         widths: Last dimensions of the keys and of the values.
         rotated: Which of the two RoPE has rotated: 0 or 1.
         positions: The rotation in the place that it has in those rows.
+        in_chunks: The rotation in the keys that the model makes of a chunk's rows, if it then
+            leaves the attention to mlx-lm's function, which is ours (Mistral 4); else ``None``.
     """
 
     widths: tuple[int, int]
     rotated: int
     positions: Rotation
+    in_chunks: Rotation | None = None
 
 
 class AlignedCache(SinkCache):
@@ -56,12 +60,13 @@ class AlignedCache(SinkCache):
     def __init__(
         self, config: SinkConfig, rotation: Rotation, rows: Rows, *, limit: int | None = None
     ):
-        super().__init__(config, rotation, limit=limit)
+        super().__init__(config, rows.in_chunks or rotation, limit=limit)
         self.rows = rows
+        self.of_queries = rotation
 
     def leaves_to_model(self, keys: mx.array, mask: object) -> bool:
-        """Say that it does."""
-        return True
+        """Say that it does, but for chunks that `Rows.in_chunks` speaks of."""
+        return not self._is_pending
 
     @property
     def offset(self) -> int:
@@ -78,6 +83,8 @@ class AlignedCache(SinkCache):
         _at_work.cache = None
         k, v = self.rows.widths
         fetched = list(super().update_and_fetch(keys[..., :k], values[..., :v]))
+        if keys.shape[2] > 1 and self.rows.in_chunks is not None:
+            return fetched[0], fetched[1]
         layout = self.take_layout()
         if not self.rotation.is_identity:
             which = self.rows.rotated
@@ -117,8 +124,15 @@ class AlignedCache(SinkCache):
     def make_mask(
         self, n: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
-        """Return which query sees which row, ``[n, rows]`` bool; ``None`` for one query."""
-        super().make_mask(n, window_size)
+        """Return which query sees which row, ``[n, rows]`` bool; ``None`` for one query.
+
+        Raises:
+            CacheError: The model asks for a window that is not this layer's.
+        """
+        if self.rows.in_chunks is not None:
+            return super().make_mask(n, window_size, return_array)
+        if window_size is not None and not self.has_window(window_size):
+            raise CacheError(f"the model wants a window of {window_size} tokens for this layer")
         return None if n == 1 else mask_of(layout_of(self.ring, n))
 
 
@@ -140,10 +154,10 @@ class AlignedRope:
         if cache is None or isinstance(offset, mx.array) or offset != cache.ring.position:
             return y
         layout = layout_of(cache.ring, x.shape[2])
-        if not is_doubled(layout):
+        if cache.rows.in_chunks is not None or not is_doubled(layout):
             return y
-        positions = layout.turns(Turn.SINK)
-        return mx.concatenate([y, cache.rotation.turn(y, positions, key=(layout, "q"))], axis=-1)
+        turned = cache.of_queries.turn(y, layout.turns(Turn.SINK), key=(layout, "q"))
+        return mx.concatenate([y, turned], axis=-1)
 
 
 class _AtWork(threading.local):

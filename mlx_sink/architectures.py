@@ -118,7 +118,7 @@ FUSED_ROPES: dict[str, Callable[..., RopeCall]] = {"qk_norm_rope": _of_qk_norm_r
 
 
 def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-    """Gemma 2's attention on our caches; its own takes no doubled heads as `aligned` makes them."""
+    """Gemma 2's attention on our caches; its own takes no doubled heads, which `aligned` makes."""
     B, L, _ = x.shape
 
     def heads(projected: mx.array, n: int) -> mx.array:

@@ -220,7 +220,8 @@ def _plan(near: Seen, far: Seen, rotations: _Rotations) -> _Plan:
         raise UnsupportedModelError("it multiplies queries and keys in a way that is not known")
     widths = near.keys[-1], near.values[-1]
     positions = rotations.of(rope, widths[near.rotated])
-    return _Plan(rotations.of(rope), Rows(widths, near.rotated, positions))
+    in_chunks = rotations.of(rope, near.made) if near.attended else None
+    return _Plan(rotations.of(rope), Rows(widths, near.rotated, positions, in_chunks))
 
 
 def _check_rollback(caches: Sequence[Any], config: SinkConfig) -> None:

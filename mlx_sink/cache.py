@@ -198,14 +198,19 @@ class SinkCache:
     ) -> mx.array | str | None:
         """Answer mlx-lm's question for a mask: none is needed, the layout says it all.
 
-        Raises:
-            CacheError: The model asks for a window that is not this layer's.
+        Some models ask the cache of a layer with full attention for the mask of layers with a
+        window even if they have none: what they get can be asked for, not attended under.
         """
-        if window_size is not None and (self.ring.num_sinks or window_size != self.ring.window):
-            raise CacheError(f"the model wants a window of {window_size} tokens for this layer")
         if n == 1:
             return None
-        return mask_of(layout_of(self.ring, n)) if return_array else "causal"
+        layout = layout_of(self.ring, n)
+        if window_size is not None and not self.has_window(window_size):
+            return mx.zeros_like(mask_of(layout))
+        return mask_of(layout) if return_array else "causal"
+
+    def has_window(self, window_size: int) -> bool:
+        """Tell whether a window that the model speaks of is this layer's."""
+        return not self.ring.num_sinks and window_size == self.ring.window
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> None:
         """Refuse mlx-lm's ``kv_bits``: without this method it would be ignored silently.

@@ -36,6 +36,7 @@ class Seen:
         rotated: Which of keys (0) and values (1) it rotates.
         calls: How often tokens were taken in.
         attended: How often they were attended to by mlx-lm's function, under a mask of ours.
+        made: The last dimension of the keys that the model made of ours for that.
         lends: Whether another layer attended to them too.
         window: The longest window that the model asked a mask of.
     """
@@ -47,6 +48,7 @@ class Seen:
     rotated: int = 0
     calls: int = 0
     attended: int = 0
+    made: int = 0
     lends: bool = False
     window: int = 0
 
@@ -67,19 +69,19 @@ class WatchedCache(SinkCache):
         seen.calls += 1
         return super().update_and_fetch(keys, values)
 
-    def make_mask(
-        self, n: int, window_size: int | None = None, return_array: bool = False
-    ) -> mx.array | str | None:
+    def has_window(self, window_size: int) -> bool:
         """Note the window that the model asks for."""
-        if not self.ring.num_sinks:
-            self.seen.window, window_size = max(self.seen.window, window_size or 0), None
-        return super().make_mask(n, window_size, return_array)
+        if self.ring.num_sinks:
+            return False
+        self.seen.window = max(self.seen.window, window_size)
+        return True
 
     def leaves_to_model(self, keys: mx.array, mask: object) -> bool:
         """Note whether ours could have been used, and leave it to mlx-lm."""
         was_pending, self._is_pending = self._is_pending, False
         if was_pending and self.knows(mask):
             self.seen.attended += 1
+            self.seen.made = keys.shape[3]
         elif not was_pending:
             self.seen.lends = True
         if _watch.last is self:
