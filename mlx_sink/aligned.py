@@ -17,7 +17,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -93,7 +93,7 @@ class AlignedCache(SinkCache):
 
     def _aligned(self, layout: Layout, rows: mx.array) -> mx.array:
         block = whole(layout)
-        double, parts, done = is_doubled(layout), [], 0
+        double, parts, done = is_doubled(layout), list[mx.array](), 0
         for span in (*sorted(block.spans, key=lambda s: s.start), None):
             start = rows.shape[2] if span is None else span.start
             if start > done:
@@ -148,7 +148,7 @@ class AlignedRope:
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """Rotate ``[B, heads, L, width]``; doubled in a chunk that has sinks to turn to."""
-        y: mx.array = self.rope(x, offset=offset)
+        y = cast("mx.array", cast("Any", self.rope)(x, offset=offset))
         known = _at_work.cache
         cache = None if known is None else known()
         if cache is None or isinstance(offset, mx.array) or offset != cache.ring.position:
@@ -182,7 +182,7 @@ def whole(layout: Layout) -> Block:
 
 def align_ropes(model: nn.Module) -> None:
     """Put an `AlignedRope` in the place of each rotary embedding of a model; idempotent."""
-    for module in model.modules():
+    for module in cast("list[Any]", model.modules()):
         for name, child in list(module.items()):
             if isinstance(child, nn.Module) and _is_rope(child):
                 setattr(module, name, AlignedRope(child))
@@ -190,14 +190,14 @@ def align_ropes(model: nn.Module) -> None:
 
 def restore_ropes(model: nn.Module) -> None:
     """Undo `align_ropes`."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
+    for module in cast("list[Any]", model.modules()):
+        for name, value in cast("list[tuple[str, Any]]", list(vars(module).items())):
             if isinstance(value, AlignedRope):
                 delattr(module, name)
                 module[name] = value.rope
 
 
 def _is_rope(module: nn.Module) -> bool:
-    takes = getattr(type(module).__call__, "__code__", None)
+    takes = getattr(cast("Any", type(module)).__call__, "__code__", None)
     names = () if takes is None else takes.co_varnames[: takes.co_argcount]
     return "offset" in names and not module.parameters()

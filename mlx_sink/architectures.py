@@ -75,7 +75,8 @@ def refusal(name: str | None) -> str | None:
 
 def _scaled_from(args: Any) -> int | None:
     """Ministral 3, Mistral 4: queries grow with the logarithm of ``position // this``."""
-    return (getattr(args, "rope_parameters", None) or {}).get("original_max_position_embeddings")
+    parameters = cast("dict[str, Any]", getattr(args, "rope_parameters", None) or {})
+    return parameters.get("original_max_position_embeddings")
 
 
 def _tempered_from(args: Any) -> int | None:
@@ -122,7 +123,7 @@ def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> 
     B, L, _ = x.shape
 
     def heads(projected: mx.array, n: int) -> mx.array:
-        return mx.reshape(projected, (B, L, n, -1)).transpose(0, 2, 1, 3)
+        return mx.reshape(projected, (B, L, n, -1)).swapaxes(1, 2)
 
     q, k = heads(self.q_proj(x), self.n_heads), heads(self.k_proj(x), self.n_kv_heads)
     q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
@@ -136,7 +137,7 @@ def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> 
         scale=self.scale,
         softcap=self.attn_logit_softcapping,
     )
-    return self.o_proj(mx.reshape(out.transpose(0, 2, 1, 3), (B, L, -1)))
+    return self.o_proj(mx.reshape(out.swapaxes(1, 2), (B, L, -1)))
 
 
 ATTENTIONS: dict[str, tuple[str, Callable[..., mx.array]]] = {"gemma2": ("Attention", _softcapped)}

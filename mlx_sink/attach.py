@@ -75,7 +75,11 @@ class _MakeCache:
 
     def __call__(self) -> list[Any]:
         plans, native = iter(self._plans), copy.deepcopy(self._native)
-        return bounded_caches(native, self._effective, lambda *kind: next(plans).cache(*kind))
+
+        def make(config: SinkConfig, chunked: bool) -> SinkCache:
+            return next(plans).cache(config, chunked)
+
+        return bounded_caches(native, self._effective, make)
 
 
 def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:

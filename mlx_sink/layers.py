@@ -44,7 +44,7 @@ def bounded_caches(native: Sequence[Any], config: SinkConfig, make: Make) -> lis
 
     def bounded(cache: Any, where: str) -> Any:
         # Exactly these: a class that is derived from one of them may keep something else.
-        kind = type(cache)
+        kind = cast("type[Any]", type(cache))
         if kind is mlx_lm_cache.KVCache:
             return make(config, False)
         if kind is mlx_lm_cache.RotatingKVCache and not cache.keep:

@@ -149,7 +149,7 @@ def _restored(model: nn.Module, held: dict[str, Any], arrays: dict[str, mx.array
     if key.dtype != mx.uint32 or key.shape != (2,):
         raise ValueError(key)
     window = _natural(held["penalty_window"])
-    loop = Loop(model, cast("list[Any]", caches), key=key, penalty_window=window)
+    loop = Loop(model, caches, key=key, penalty_window=window)
     loop.position = position
     loop.recent.extend(map(_natural, held["recent"]))
     logits = arrays.get("logits")

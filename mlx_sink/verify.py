@@ -28,6 +28,8 @@ TOLERANCE = {mx.float32: 1e-3}
 HALF = 0.1
 """Largest difference in units of the logits' spread, in float32 and in the short dtypes."""
 
+_evaluate: Callable[..., None] = cast("Any", mx).eval
+
 
 def verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]]) -> None:
     """Run the checks.
@@ -58,9 +60,9 @@ def _verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]]) -> No
                 break
             piece = mx.array(tokens[done : min(done + length, n)][None])
             parts.append(cast("Any", model)(piece, cache=caches))
-            mx.eval(parts[-1], [cache.state for cache in caches])
+            _evaluate(parts[-1], [cache.state for cache in caches])
             done += length
-        return np.array(mx.concatenate(parts, axis=1)[0].astype(mx.float32))
+        return np.asarray(mx.concatenate(parts, axis=1)[0].astype(mx.float32), np.float32)
 
     def compare(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
         difference = float(np.abs(ours - theirs).max()) / max(float(theirs.std()), 1e-6)
