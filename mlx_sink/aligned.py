@@ -22,9 +22,10 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sink.cache import SinkCache, mask_of
+from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
+from mlx_sink.reference import mask_of
 from mlx_sink.ring import Block, Layout, Span, Turn, layout_of
 from mlx_sink.rope import Rotation
 
@@ -191,7 +192,7 @@ def align_ropes(model: nn.Module) -> None:
 def restore_ropes(model: nn.Module) -> None:
     """Undo `align_ropes`."""
     for module in cast("list[Any]", model.modules()):
-        for name, value in cast("list[tuple[str, Any]]", list(vars(module).items())):
+        for name, value in list(cast("dict[str, Any]", vars(module)).items()):
             if isinstance(value, AlignedRope):
                 delattr(module, name)
                 module[name] = value.rope

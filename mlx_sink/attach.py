@@ -11,10 +11,11 @@ import mlx.nn as nn
 
 from mlx_sink.aligned import AlignedCache, Rows, align_ropes, restore_ropes
 from mlx_sink.architectures import VERIFIED, position_limit, refusal
-from mlx_sink.cache import SinkCache, leaves
+from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
-from mlx_sink.hook import hook
+from mlx_sink.group import leaves
+from mlx_sink.hook import defining_modules, hook
 from mlx_sink.layers import bounded_caches, common_epoch, native_caches
 from mlx_sink.report import LayerReport, Report, report_of
 from mlx_sink.rope import RopeCall, Rotation
@@ -116,7 +117,7 @@ def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:
         _check_rollback(caches, config)
         trace(model, caches, 2)
         layers = _report(caches)
-        if _architecture(model) not in VERIFIED:
+        if not _is_verified(model):
             verify(model, lambda c: _planned(model, c)())
     except UnsupportedModelError as error:
         restore_ropes(model)
@@ -161,6 +162,12 @@ def _architecture(model: nn.Module) -> str | None:
     """Return the model's module in mlx-lm, or ``None`` if it is from elsewhere."""
     package, _, name = type(model).__module__.rpartition(".")
     return name if package == "mlx_lm.models" else None
+
+
+def _is_verified(model: nn.Module) -> bool:
+    """Tell whether all of a model is an architecture's that the tests verify."""
+    modules = [module.__name__.partition(".")[0] for module in defining_modules(model)]
+    return _architecture(model) in VERIFIED and set(modules) <= {"mlx", "mlx_lm"}
 
 
 def _planned(model: nn.Module, config: SinkConfig) -> _MakeCache:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
+from mlx_sink import lending
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
+from mlx_sink.reference import mask_of
 from mlx_sink.ring import Layout, Ring, Run, layout_of
 from mlx_sink.rope import Rotation
 
@@ -96,7 +95,7 @@ class SinkCache:
         self._fetched = weakref.ref(fetched[0])
         if self.lends:
             self._lent = fetched
-            _lenders.add(self)
+            lending.note(self)
         return fetched
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -280,105 +279,6 @@ class SinkCache:
         self.keys, self.values, *integers = value
         self.ring = Ring(*integers, chunked=self.ring.chunked)
         self._layout, self._is_pending, self._fetched, self._lent = None, False, None, None
-
-
-class CacheGroup:
-    """Several caches of one layer, which mlx-lm knows as a ``CacheList``.
-
-    Args:
-        caches: Caches of ours or of mlx-lm's.
-    """
-
-    def __init__(self, *caches: Any):
-        self.caches = caches
-
-    def __getitem__(self, i: int) -> Any:
-        return self.caches[i]
-
-    def is_trimmable(self) -> bool:
-        """Tell whether tokens can be taken back from all of them."""
-        return all(cache.is_trimmable() for cache in self.caches)
-
-    def trim(self, n: int) -> int:
-        """Take back the newest ``n`` tokens; see `SinkCache.trim`."""
-        return next(iter([cache.trim(n) for cache in self.caches]))
-
-    def size(self) -> int:
-        """Return the tokens held."""
-        return max(cache.size() for cache in self.caches)
-
-    def empty(self) -> bool:
-        """Tell whether nothing was taken in yet."""
-        return self.caches[0].empty()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return sum(cache.nbytes for cache in self.caches)
-
-    @property
-    def state(self) -> list[Any]:
-        """The states of the caches."""
-        return [cache.state for cache in self.caches]
-
-    @state.setter
-    def state(self, value: Sequence[Any]) -> None:
-        for cache, state in zip(self.caches, value, strict=True):
-            cache.state = state
-
-
-def leaves(caches: Sequence[Any]) -> list[Any]:
-    """Return the caches of a model's list, those in groups one by one."""
-    flat: list[Any] = []
-    for cache in caches:
-        flat.extend(cache.caches if isinstance(cache, CacheGroup) else [cache])
-    return flat
-
-
-class _Lenders(threading.local):
-    """The caches whose rows other layers may attend to, in this thread."""
-
-    def __init__(self) -> None:
-        self._caches: dict[int, weakref.ref[SinkCache]] = {}
-
-    def add(self, cache: SinkCache) -> None:
-        if id(cache) not in self._caches:
-            dead = [key for key, known in self._caches.items() if known() is None]
-            for key in dead:
-                del self._caches[key]
-        self._caches[id(cache)] = weakref.ref(cache)
-
-    def of(self, keys: mx.array) -> SinkCache | None:
-        for known in self._caches.values():
-            cache = known()
-            if cache is not None and cache.handed_out(keys):
-                return cache
-        return None
-
-
-_lenders = _Lenders()
-
-
-def owner_of(keys: mx.array, cache: object) -> SinkCache | None:
-    """Return the cache that handed out keys, in the first place the one that is named.
-
-    ``None`` if none of ours did and none of ours is named.
-    """
-    if isinstance(cache, SinkCache) and cache.handed_out(keys):
-        return cache
-    return _lenders.of(keys) or (cache if isinstance(cache, SinkCache) else None)
-
-
-@lru_cache(maxsize=4)
-def mask_of(layout: Layout) -> mx.array:
-    """Return which query of a call sees which of its rows, ``[n, rows]`` bool.
-
-    All layers whose rings are alike get the same array.
-    """
-    token = np.concatenate([np.arange(run.token, run.token + run.length) for run in layout.runs])
-    query = np.arange(layout.ring.tokens, layout.end)[:, None]
-    near = (token > query - layout.ring.window) | (token < layout.ring.num_sinks)
-    return mx.array(cast("Any", (token <= query) & near))
 
 
 def _grown(old: mx.array | None, like: mx.array, slots: int) -> mx.array:

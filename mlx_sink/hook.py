@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from mlx_sink.architectures import adapt
 from mlx_sink.attention import sink_attention
-from mlx_sink.cache import owner_of
+from mlx_sink.cache import SinkCache
+from mlx_sink.lending import lender_of
 
 HOOKED = "scaled_dot_product_attention"
 MARK = "_hooked_by_mlx_sink"
@@ -35,6 +36,18 @@ def defining_modules(model: nn.Module) -> list[ModuleType]:
     """Return the modules of Python that define a model and its parts."""
     parts = cast("list[nn.Module]", model.modules())
     return [sys.modules[name] for name in sorted({type(part).__module__ for part in parts})]
+
+
+def owner_of(keys: mx.array, cache: object) -> SinkCache | None:
+    """Return the cache that handed out keys, in the first place the one that is named.
+
+    ``None`` if none of ours did and none of ours is named.
+    """
+    named = cache if isinstance(cache, SinkCache) else None
+    if named is not None and named.handed_out(keys):
+        return named
+    lender = lender_of(keys)
+    return lender if isinstance(lender, SinkCache) else named
 
 
 def _hook(module: ModuleType) -> None:

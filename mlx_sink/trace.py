@@ -17,9 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.architectures import FUSED_ROPES
-from mlx_sink.cache import SinkCache, leaves
+from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
+from mlx_sink.group import leaves
 from mlx_sink.hook import defining_modules
 from mlx_sink.rope import RopeCall, Rotation
 

@@ -17,9 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sink.cache import SinkCache, leaves
+from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
+from mlx_sink.group import leaves
 from mlx_sink.layers import native_caches
 
 CONFIG = SinkConfig(2, 6, epoch=11)
