@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 
@@ -15,6 +16,9 @@ class CacheGroup:
 
     def __init__(self, *caches: Any):
         self.caches = caches
+
+    def __copy__(self) -> CacheGroup:
+        return CacheGroup(*map(copy, self.caches))
 
     def __getitem__(self, i: int) -> Any:
         return self.caches[i]
