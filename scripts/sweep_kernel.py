@@ -1,7 +1,7 @@
 """Run the decode kernel's text on the CPU at random points of all that it claims to serve.
 
 The tests take points among which every two values of two axes meet; this takes as many others as
-there is time for, about a second each. Prints the worst error of each dtype, in units of a call's
+there is time for, about a second each; Ctrl-C ends it early. Prints the worst error of each dtype, in units of a call's
 largest output, and each call that failed; ends with status 1 if one did.
 """
 
@@ -52,13 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if wrong:
                 failed += 1
                 print(f"{label(point)}: {said}", flush=True)
+    except KeyboardInterrupt:
+        pass
     finally:
         mx.fast.metal_kernel = mlx_metal_kernel
         kernel.forget()
     for dtype, found in errors.items():
         worst = f"worst error {max(found, default=0):.1e}, allowed {TOLERANCES[dtype]:.0e}"
         print(f"{str(dtype).rpartition('.')[2]:>9}: {len(found):5} calls, {worst}")
-    print(f"{failed} of {given.calls} failed")
+    print(f"{failed} failed")
     return int(failed > 0)
 
 
