@@ -1,8 +1,8 @@
 """Run the decode kernel's text on the CPU at random points of all that it claims to serve.
 
 The tests take points among which every two values of two axes meet; this takes as many others as
-there is time for, about a second each; Ctrl-C ends it early. Prints the worst error of each dtype, in units of a call's
-largest output, and each call that failed; ends with status 1 if one did.
+there is time for, about a second each; Ctrl-C ends it early. Prints the worst error of each dtype,
+in units of a call's largest output, and each call that failed; ends with status 1 if one did.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The decode kernel's text, run on the CPU, against float64: one thing at a time.
 
-`test_kernel_grid.py` has every dtype, head_dim, GQA factor and number of queries together. Every case runs under the runner's checks: races, bounds, uninitialised memory, barriers.
+`test_kernel_grid.py` has them together. Every case runs under the runner's checks: races, bounds,
+uninitialised memory, barriers.
 """
 
 from __future__ import annotations
