@@ -71,10 +71,10 @@ def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:
         # mlx-lm and transformers raise whatever a damaged file happens to trip over.
         loaded = mlx_lm.load(where, return_config=True, **options)
     except Exception as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ModelError(f"cannot load model {str(path_or_repo)!r}: {reason}") from error
     model, tokenizer, config = cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
-    return Loaded(model, tokenizer, _context(config))
+    return Loaded(model, tokenizer, context_of(config))
 
 
 def _find(name: str) -> str:
@@ -100,13 +100,13 @@ def _check_folder(path: Path) -> None:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(f"model folder {str(path)!r} has no config.json")
-    config = _read_json(config_file)
+    config = read_json(config_file)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{str(config_file)!r} names no model_type")
     shards = sorted(path.glob("model*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{str(index)!r} has no weight_map")
         names = {str(name) for name in cast("dict[str, object]", weight_map).values()}
@@ -137,17 +137,23 @@ def _check_safetensors(path: Path) -> None:
         raise ModelError(f"{str(path)!r} is damaged: {size} bytes instead of {expected}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ModelError: It does not.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {str(path)!r}: {_first_line(error)}") from None
+        raise ModelError(f"cannot read {str(path)!r}: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{str(path)!r} does not hold a JSON object")
     return cast("dict[str, Any]", value)
 
 
-def _context(config: dict[str, Any]) -> int | None:
+def context_of(config: dict[str, Any]) -> int | None:
+    """Return the positions that a model was trained on, if its configuration says."""
     text = config.get("text_config")
     for where in (config, cast("dict[str, Any]", text) if isinstance(text, dict) else {}):
         context = where.get("max_position_embeddings")
@@ -156,6 +162,7 @@ def _context(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,289 @@
+"""What a model costs at any length of its stream, worked out from its configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_sink import skeleton, work
+from mlx_sink.attach import attach, trained_context
+from mlx_sink.config import SinkConfig
+from mlx_sink.errors import UnsupportedModelError
+from mlx_sink.group import leaves
+from mlx_sink.load import context_of
+from mlx_sink.report import LayerReport, Report
+from mlx_sink.trace import trace
+
+LENGTHS = (4 << 10, 32 << 10, 128 << 10, 1 << 20, 10 << 20)
+"""Tokens of a stream."""
+
+MEMORIES = (8, 16, 24, 32, 64, 128, 192)
+"""Memory of Macs, in units of 2^30 bytes."""
+
+BITS = (8, 4)
+GROUP_SIZE = 64
+"""Of quantised keys and values, as in mlx-lm."""
+
+NATIVE = ("window ring", "chunk ring")
+"""Kinds of layers whose own window bounds them in mlx-lm too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The layers of a model, and what each holds and multiplies.
+
+    Attributes:
+        report: Of sinks and window.
+        per_key: From `work.per_key`; ``None`` where MLX cannot count it.
+        packed: For each number of bits, the bytes of a quantised token in each sink ring; those
+            of a model whose heads MLX does not quantise are left out.
+        weights: Bytes of the parameters.
+        read: Bytes of them that a token reads: of experts, those that are chosen.
+    """
+
+    report: Report
+    per_key: dict[int | None, work.PerKey] | None
+    packed: dict[int, list[int]]
+    weights: int
+    read: int
+
+    @property
+    def rings(self) -> list[LayerReport]:
+        """The layers with full attention."""
+        return [layer for layer in self.report.layers if layer.cache == "sink ring"]
+
+    def full_bytes(self, tokens: int) -> int:
+        """Return the bytes of mlx-lm's own caches after so many tokens of one sequence.
+
+        Its caches grow by 256 tokens: the count is exact for multiples of that.
+        """
+        return self._bytes(tokens, tokens)
+
+    def bounded_bytes(self, tokens: int, capacity: int) -> int:
+        """Return the bytes after so many tokens if full attention keeps ``capacity``."""
+        return self._bytes(tokens, min(tokens, capacity))
+
+    def packed_bytes(self, tokens: int, bits: int) -> int | None:
+        """Return the bytes of quantised sink rings, whose sinks stay as they are."""
+        if bits not in self.packed:
+            return None
+        kept = min(tokens, self.report.config.num_sinks)
+        rest = min(tokens, self.report.config.capacity) - kept
+        plain = self._bytes(tokens, kept)
+        return plain + rest * sum(self.packed[bits])
+
+    def _bytes(self, tokens: int, in_rings: int) -> int:
+        held = {"sink ring": in_rings, "state": 0}
+        return sum(
+            held.get(layer.cache, min(tokens, layer.slots)) * layer.bytes_per_token
+            + layer.state_bytes
+            for layer in self.report.layers
+        )
+
+    def decode_work(self, tokens: int, capacity: int | None = None) -> int | None:
+        """Return the multiply-adds of attention for the token that is the ``tokens``-th.
+
+        Args:
+            tokens: Tokens of the stream so far, its own included.
+            capacity: Tokens that full attention keeps; all of them if left out.
+        """
+        if self.per_key is None:
+            return None
+        return sum(
+            cost.decode * min(tokens, limit) for limit, cost in self._limits(tokens, capacity)
+        )
+
+    def prefill_work(self, tokens: int, capacity: int | None = None) -> int | None:
+        """Return the multiply-adds of attention for a whole prompt: of keys that are seen."""
+        if self.per_key is None:
+            return None
+        return sum(
+            cost.prefill * _pairs(tokens, limit) for limit, cost in self._limits(tokens, capacity)
+        )
+
+    def _limits(self, tokens: int, capacity: int | None) -> list[tuple[int, work.PerKey]]:
+        own = tokens if capacity is None else capacity
+        kinds = (self.per_key or {}).items()
+        return [(own if window is None else window, cost) for window, cost in kinds]
+
+
+def _pairs(tokens: int, limit: int) -> int:
+    """Return how many pairs of a query and a visible key there are."""
+    growing = min(tokens, limit)
+    return growing * (growing + 1) // 2 + (tokens - growing) * limit
+
+
+def costs_of(model: Any, config: SinkConfig | None = None) -> Costs:
+    """Attach a model from `skeleton.build`, and find out what it costs.
+
+    Raises:
+        UnsupportedModelError, ConfigError: As in `attach`.
+    """
+    report = attach(model, config)
+    weights = skeleton.weight_bytes(model)
+    windows = {layer.slots for layer in report.layers if layer.cache in NATIVE}
+    try:
+        per_key = work.per_key(model, sorted(windows))
+        read = work.step_of(model, work.after(model, 1), 1).read
+    except UnsupportedModelError:
+        per_key, read = None, weights
+    return Costs(report, per_key, _packed(model, report), weights, read)
+
+
+def _packed(model: Any, report: Report) -> dict[int, list[int]]:
+    caches = model.make_cache()
+    trace(model, caches, 1)
+    rings = [
+        cache
+        for cache in leaves(caches)
+        if getattr(cache, "ring", None) and cache.ring.num_sinks and not cache.empty()
+    ]
+    if any(layer.attention != "mlx_sink" for layer in report.layers if layer.cache == "sink ring"):
+        return {}
+    rows = [[cast("mx.array", ring.keys), cast("mx.array", ring.values)] for ring in rings]
+    if not rows or any(a.shape[3] % GROUP_SIZE for pair in rows for a in pair):
+        return {}
+    return {bits: [sum(_packed_row(a, bits) for a in pair) for pair in rows] for bits in BITS}
+
+
+def _packed_row(a: mx.array, bits: int) -> int:
+    """Return the bytes of one token of rows ``[1, heads, n, dim]`` in MLX's affine layout."""
+    heads, dim = a.shape[1], a.shape[3]
+    return heads * (dim * bits // 8 + 2 * (dim // GROUP_SIZE) * a.itemsize)
+
+
+def plan(
+    name: str,
+    *,
+    num_sinks: int | None = None,
+    window: int | None = None,
+    dtype: str | None = None,
+    lengths: Sequence[int] = LENGTHS,
+) -> tuple[dict[str, Any], Report]:
+    """Work out what a model costs, from its configuration alone.
+
+    Args:
+        name: As in `skeleton.read_config`.
+        num_sinks: As in `SinkConfig`.
+        window: As in `SinkConfig`.
+        dtype: Of the weights, if not that of the configuration.
+        lengths: Tokens of the streams.
+
+    Returns:
+        A JSON-ready dictionary, and the report of `attach`. Bytes are of one sequence; values
+        over tokens are in the order of ``lengths``, and ``None`` where they cannot be known.
+
+    Raises:
+        ModelError, UnsupportedModelError: From `skeleton`.
+        ConfigError: The window is larger than the trained context.
+    """
+    read = skeleton.read_config(name)
+    named = skeleton.dtype_of(read)
+    model = skeleton.build(read, dtype)
+    context = trained_context(model) or context_of(read)
+    config = SinkConfig.for_context(context, num_sinks, window)
+    config.check_context(context)
+    costs = costs_of(model, config)
+    capacity = config.capacity
+    found = {
+        "model": name,
+        "dtype": dtype or named or skeleton.DEFAULT_DTYPE,
+        "dtype_assumed": dtype is None and named is None,
+        "notes": _notes(read, costs),
+        "context": context,
+        "weights": {"bytes": costs.weights, "read_by_a_token": costs.read},
+        "report": costs.report.to_dict(),
+        "bytes_per_token": sum(layer.bytes_per_token for layer in costs.rings),
+        "lengths": list(lengths),
+        "cache_bytes": {
+            "full": [costs.full_bytes(n) for n in lengths],
+            "window": [costs.bounded_bytes(n, config.window) for n in lengths],
+            "sinks": [costs.bounded_bytes(n, capacity) for n in lengths],
+            **{f"sinks_{b}bit": [costs.packed_bytes(n, b) for n in lengths] for b in BITS},
+        },
+        "decode_multiply_adds": {
+            "full": [costs.decode_work(n) for n in lengths],
+            "sinks": [costs.decode_work(n, capacity) for n in lengths],
+        },
+        "prefill_multiply_adds": {
+            "full": [costs.prefill_work(n) for n in lengths],
+            "sinks": [costs.prefill_work(n, capacity) for n in lengths],
+        },
+        "fits": [_fit(costs, gib) for gib in MEMORIES],
+        "chips": _bounds(costs, lengths),
+    }
+    return found, costs.report
+
+
+def _notes(read: dict[str, Any], costs: Costs) -> list[str]:
+    notes: list[str] = []
+    if "quantization" not in read and "quantization_config" in read:
+        notes.append("quantization_config is not followed: weights are counted unquantised")
+    if costs.per_key is None:
+        notes.append("MLX cannot count this model's multiply-adds; all experts count as read")
+    if not all(bits in costs.packed for bits in BITS):
+        notes.append(f"heads are not quantised in groups of {GROUP_SIZE}: no 8 and 4 bits")
+    return notes
+
+
+def working_set(gib: int) -> int:
+    """Return the bytes that macOS recommends a program's GPU memory to stay within.
+
+    By default that is two thirds of a Mac's memory, and three quarters from 36 GB on
+    (``recommendedMaxWorkingSetSize`` of Metal).
+    """
+    whole = gib << 30
+    return whole * 3 // 4 if gib >= 36 else whole * 2 // 3
+
+
+def _fit(costs: Costs, gib: int) -> dict[str, Any]:
+    room = working_set(gib) - costs.weights
+    one = costs.report.nbytes
+    return {
+        "memory_gib": gib,
+        "beside_weights": max(0, room),
+        "full_tokens": _longest(costs, room),
+        "streams": max(0, room // one) if one else None,
+    }
+
+
+def _longest(costs: Costs, room: int) -> int | None:
+    """Return the longest stream of full attention, or ``None`` if there is no longest."""
+    per_token = sum(layer.bytes_per_token for layer in costs.rings)
+    if not per_token:
+        return None if costs.full_bytes(1 << 40) <= room else 0
+    # From here on only layers with full attention grow.
+    settled = max((layer.slots for layer in costs.report.layers), default=0)
+    rest = room - costs.full_bytes(settled)
+    if rest >= 0:
+        return settled + rest // per_token
+    below = [n for n in range(settled) if costs.full_bytes(n) <= room]
+    return max(below, default=0)
+
+
+def chips() -> list[dict[str, Any]]:
+    """Return the bandwidth of each Apple chip, with where it is from."""
+    data = json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
+    return [{**chip, "source": data["pages"][chip["source"]]} for chip in data["chips"]]
+
+
+def _bounds(costs: Costs, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """Return tokens per second that no chip can exceed: its bandwidth over what a token reads."""
+    ours = costs.report.config.capacity
+
+    def bound(chip: dict[str, Any], cache: int) -> float:
+        return round(chip["gb_per_s"] * 1e9 / (costs.read + cache), 2)
+
+    return [
+        chip
+        | {
+            "full": [bound(chip, costs.full_bytes(n)) for n in lengths],
+            "sinks": [bound(chip, costs.bounded_bytes(n, ours)) for n in lengths],
+        }
+        for chip in chips()
+    ]
