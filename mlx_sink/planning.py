@@ -29,6 +29,9 @@ BITS = (8, 4)
 GROUP_SIZE = 64
 """Of quantised keys and values, as in mlx-lm."""
 
+NATIVE_STEP = 256
+"""Tokens that mlx-lm's caches grow by; its chunked ones keep that much room for ever."""
+
 NATIVE = ("window ring", "chunk ring")
 """Kinds of layers whose own window bounds them in mlx-lm too."""
 
@@ -60,12 +63,15 @@ class Costs:
     def full_bytes(self, tokens: int) -> int:
         """Return the bytes of mlx-lm's own caches after so many tokens of one sequence.
 
-        Its caches grow by 256 tokens: the count is exact for multiples of that.
+        Its caches grow by 256 tokens: the count is exact for multiples of that, once a token has
+        been decoded.
         """
-        return self._bytes(tokens, tokens)
+        chunked = (layer for layer in self.report.layers if layer.cache == "chunk ring")
+        slack = sum(NATIVE_STEP * c.bytes_per_token for c in chunked if tokens > c.slots)
+        return self._bytes(tokens, tokens) + slack
 
     def bounded_bytes(self, tokens: int, capacity: int) -> int:
-        """Return the bytes after so many tokens if full attention keeps ``capacity``."""
+        """Return the bytes of our caches after so many tokens, full attention bounded."""
         return self._bytes(tokens, min(tokens, capacity))
 
     def packed_bytes(self, tokens: int, bits: int) -> int | None:

@@ -7,13 +7,13 @@ asks for the value of a weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import hf_hub_download
 from mlx import utils
 from mlx_lm import utils as mlx_lm_utils
 
@@ -58,13 +58,13 @@ def _config_file(name: str) -> Path:
         raise ModelError(f"model {name!r}: no such folder, config.json or repository")
     try:
         # The hub's client raises errors of many packages.
-        return Path(hf_hub_download(name, "config.json"))
+        return Path(cast("Any", huggingface_hub).hf_hub_download(name, "config.json"))
     except Exception as error:
         raise ModelError(f"cannot get config.json of {name!r}: {first_line(error)}") from error
 
 
 def dtype_of(config: dict[str, Any]) -> str | None:
-    """Return the name of the dtype of a model's weights, or ``None`` if its configuration is silent.
+    """Return the name of the dtype of a model's weights, or ``None`` if that is left open.
 
     Raises:
         ModelError: It is one that mlx-lm has no weights in.
@@ -114,17 +114,17 @@ def build(config: dict[str, Any], dtype: str | None = None) -> nn.Module:
         raise UnsupportedModelError(f"{kind} is not known: only its weights show if it works")
     try:
         model = model_class(args_class.from_dict(config))
-    except TypeError as error:
-        raise ModelError(
-            f"the configuration of {kind!r} lacks fields: {_missing(error)}"
-        ) from None
     except Exception as error:
         # Wrong values make a model fail in any way.
+        names = re.findall(r"'(\w+)'", str(error))
+        if isinstance(error, TypeError) and "missing" in str(error) and names:
+            lacks = ", ".join(names)
+            raise ModelError(f"the configuration of {kind!r} lacks fields: {lacks}") from None
         raise ModelError(f"no {kind!r} can be built from it: {first_line(error)}") from None
     _set_dtype(model, DTYPES[dtype or dtype_of(config) or DEFAULT_DTYPE])
     if isinstance(config.get("quantization"), dict):
         _quantize(model, config["quantization"])
-    _update(model, [(path, mx.zeros(a.shape, a.dtype)) for path, a in parameters(model)])
+    set_parameters(model, [(path, mx.zeros(a.shape, a.dtype)) for path, a in parameters(model)])
     return model
 
 
@@ -138,8 +138,9 @@ def parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", cast("Any", utils).tree_flatten(model.parameters()))
 
 
-def _update(model: nn.Module, named: list[tuple[str, mx.array]]) -> None:
-    model.update(cast("Any", utils).tree_unflatten(named))
+def set_parameters(model: nn.Module, named: Sequence[tuple[str, mx.array]]) -> None:
+    """Put arrays in the place of a model's parameters, by their paths."""
+    cast("Any", model).update(cast("Any", utils).tree_unflatten(list(named)))
 
 
 def _set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
@@ -149,7 +150,7 @@ def _set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
         (path, a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) and keep(path) else a)
         for path, a in parameters(model)
     ]
-    _update(model, cast_ones)
+    set_parameters(model, cast_ones)
 
 
 def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -157,9 +158,16 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
     mode = settings.get("mode", "affine")
     if mode not in MODES:
         raise ModelError(f"unknown quantization mode {mode!r}: expected one of {sorted(MODES)}")
-    usual = dict(zip(("group_size", "bits"), MODES[mode], strict=True))
-    for key in usual:
-        usual[key] = settings.get(key, usual[key])
+    odd = [
+        key
+        for key, value in settings.items()
+        if key not in ("mode", "group_size", "bits") and not isinstance(value, dict | bool)
+    ]
+    if odd:
+        raise ModelError(f"unknown field {odd[0]!r} in quantization")
+    usual: dict[str, Any] = {}
+    for key, default in zip(("group_size", "bits"), MODES[mode], strict=True):
+        usual[key] = settings.get(key, default)
         if not isinstance(usual[key], int):
             raise ModelError(f"quantization {key} must be an integer, got {usual[key]!r}")
     by_default: Callable[[str, nn.Module], Any] = getattr(
@@ -178,8 +186,3 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
         cast("Any", nn).quantize(model, **usual, mode=mode, class_predicate=chosen)
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"quantization {usual} cannot be used: {first_line(error)}") from None
-
-
-def _missing(error: TypeError) -> str:
-    names = re.findall(r"'(\w+)'", str(error))
-    return ", ".join(names) if "missing" in str(error) and names else first_line(error)

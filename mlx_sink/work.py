@@ -20,7 +20,7 @@ from mlx import utils
 
 from mlx_sink.errors import UnsupportedModelError
 from mlx_sink.layers import native_caches
-from mlx_sink.skeleton import parameters
+from mlx_sink.skeleton import parameters, set_parameters
 
 VIEWS = frozenset(
     {"AsType", "Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split"}
@@ -72,22 +72,22 @@ def step_of(model: nn.Module, caches: Sequence[Any], n: int) -> Step:
         UnsupportedModelError: MLX cannot export an operation of the model.
     """
     named = parameters(model)
-    tree = cast("Any", utils).tree_unflatten
     counter = _Counter([a.nbytes for _, a in named])
 
     def call(tokens: mx.array, *weights: mx.array) -> mx.array:
-        model.update(tree([(path, w) for (path, _), w in zip(named, weights, strict=True)]))
+        paths = (path for path, _ in named)
+        set_parameters(model, list(zip(paths, weights, strict=True)))
         return cast("Any", model)(tokens, cache=list(caches))
 
     tokens = mx.zeros((1, n), mx.int32)
     try:
         with _plain_graph():
-            export = cast("Callable[..., None]", mx.export_function)
+            export = cast("Callable[..., None]", cast("Any", mx).export_function)
             export(counter.note, call, tokens, *(a for _, a in named))
     except ValueError as error:
         raise UnsupportedModelError(f"its work cannot be counted: {error}") from None
     finally:
-        model.update(tree(named))
+        set_parameters(model, named)
     return Step(counter.multiply_adds, sum(counter.read.values()))
 
 

@@ -212,3 +212,30 @@ def test_unwritable_output(good: Path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "cannot write the output" in done.stderr
+
+
+PLANS: dict[str, tuple[list[str], list[str]]] = {
+    "no such model": (["--model", "./nowhere"], ["'./nowhere'", "config.json"]),
+    "no such file": (["--model", "a/config.json"], ["'a/config.json'"]),
+    "no length": (["--lengths", "4G"], ["4G", "4K"]),
+    "window": (["--window", "509"], ["513", "512 tokens", "at most 508"]),
+    "dtype": (["--dtype", "int4"], ["--dtype", "int4"]),
+    "plot": (["--plot", "plan.gif"], ["plan.gif", ".png"]),
+    "plot nowhere": (["--plot", "nowhere/plan.png"], ["nowhere/plan.png", "No such file"]),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans(case: str, capsys: pytest.CaptureFixture[str]):
+    from mlx_sink.plan import PROG, main
+
+    argv, words = PLANS[case]
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: main(argv), PROG)
+    captured = capsys.readouterr()
+    assert left.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"{PROG}: error: ")
+    for word in words:
+        assert word in captured.err
