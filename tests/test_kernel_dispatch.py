@@ -28,8 +28,9 @@ from mlx_sink.kernels import decode as kernel
 from mlx_sink.kernels import selfcheck, source
 from mlx_sink.ring import Ring, layout_of
 from mlx_sink.rope import Rotation
+from mlx_sink.trace import rope_call
 
-ROTATION = Rotation.of(nn.RoPE(16, base=100.0))
+ROTATION = Rotation.of(rope_call(nn.RoPE(16, base=100.0), 16))
 RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)
 
 
