@@ -72,7 +72,7 @@ def test_mlx_lms_own_quantisation_is_refused(name: str):
     """It would be ignored, silently, for caches in groups."""
     model, _ = loop_over(name)
     with pytest.raises(CacheError, match="cannot be quantised"):
-        next(generate_step(mx.arange(9), model, max_tokens=2, kv_bits=8))
+        next(generate_step(mx.arange(9), model, kv_bits=8, quantized_kv_start=0))
 
 
 def test_a_session_of_other_caches_is_refused(tmp_path: Path):
