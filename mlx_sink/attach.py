@@ -150,8 +150,14 @@ def make_cache(model: nn.Module) -> list[Any]:
 
 def trained_context(model: nn.Module) -> int | None:
     """Return the positions the model was trained on, in tokens, if its arguments say."""
-    context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
-    return context if isinstance(context, int) else None
+    args = getattr(model, "args", None)
+    text = getattr(args, "text_config", None)
+    for where in (args, text):
+        held = cast("dict[str, Any]", where if isinstance(where, dict) else vars(where or object))
+        context = held.get("max_position_embeddings")
+        if isinstance(context, int):
+            return context
+    return None
 
 
 def _name(model: nn.Module) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
+
+from mlx_sink.errors import CacheError
 
 
 class CacheGroup:
@@ -16,8 +19,24 @@ class CacheGroup:
     def __init__(self, *caches: Any):
         self.caches = caches
 
+    def __copy__(self) -> CacheGroup:
+        return CacheGroup(*map(copy, self.caches))
+
     def __getitem__(self, i: int) -> Any:
         return self.caches[i]
+
+    @property
+    def offset(self) -> int:
+        """Position of the next token, as the first ring has it; 0 without one."""
+        return next((cache.offset for cache in self.caches if hasattr(cache, "offset")), 0)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheGroup:
+        """Refuse mlx-lm's ``kv_bits``, as `SinkCache` does: mlx-lm would ignore it silently.
+
+        Raises:
+            CacheError: Always.
+        """
+        raise CacheError(f"a sink ring cannot be quantised: leave kv_bits ({bits}) out")
 
     def is_trimmable(self) -> bool:
         """Tell whether tokens can be taken back from all of them."""

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
 from mlx_sink.errors import CacheError
+from mlx_sink.group import leaves
 from mlx_sink.randomness import seeded
 from mlx_sink.trees import copied
 
@@ -103,7 +104,8 @@ class Loop:
         self.key = key
         self.logits: mx.array | None = None
         self.recent: deque[int] = deque(maxlen=penalty_window)
-        self.position = max((int(getattr(cache, "tokens", 0)) for cache in caches), default=0)
+        tokens = [int(getattr(cache, "tokens", 0)) for cache in leaves(caches)]
+        self.position = max(tokens, default=0)
         self._lock = Lock()
         self._whole = True
 

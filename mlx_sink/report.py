@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from mlx_sink.aligned import AlignedCache
@@ -88,16 +89,14 @@ class Report:
         lines = [
             f"{self.model_type}: {c.num_sinks} sinks + window {c.window} = {c.capacity} tokens, "
             f"{format_bytes(self.nbytes)} when full",
-            f"{'layers':>9}  {'cache':<11} {'attention':<9} {'positions':<9} {'slots':>7} "
-            f"{'bytes/token':>12} {'bytes':>12}",
+            f"{'layers':>7}  {'cache':<11} {'attention':<9} {'positions':<9} {'slots':>7} "
+            f"{'bytes/token':>12} {'bytes':>12}  which",
         ]
-        for first, last in _alike(self.layers):
-            layer = self.layers[first]
-            name = f"{first}" if first == last else f"{first}-{last}"
+        for layer, alike in _alike(self.layers):
             lines.append(
-                f"{name:>9}  {layer.cache:<11} {layer.attention:<9} {layer.positions:<9} "
+                f"{len(alike):>7}  {layer.cache:<11} {layer.attention:<9} {layer.positions:<9} "
                 f"{layer.slots:>7} {layer.bytes_per_token:>12} "
-                f"{layer.nbytes * (last - first + 1):>12}"
+                f"{layer.nbytes * len(alike):>12}  {_ranges(alike)}"
             )
         return "\n".join(lines)
 
@@ -117,16 +116,23 @@ def format_bytes(n: float) -> str:
     return f"{n:.0f} bytes" if unit == "bytes" else f"{n:.2f} {unit}"
 
 
-def _alike(layers: tuple[LayerReport, ...]) -> list[tuple[int, int]]:
-    """Group neighbouring layers that differ in nothing but their index."""
-    groups: list[tuple[int, int]] = []
-    for i, layer in enumerate(layers):
-        if groups and _kind(layers[groups[-1][0]]) == _kind(layer):
-            groups[-1] = (groups[-1][0], i)
+def _alike(layers: tuple[LayerReport, ...]) -> list[tuple[LayerReport, list[int]]]:
+    """Group layers that differ in nothing but their index, by the first of each kind."""
+    kinds: dict[LayerReport, list[int]] = {}
+    for layer in layers:
+        kinds.setdefault(replace(layer, index=0), []).append(layer.index)
+    return list(kinds.items())
+
+
+def _ranges(indices: list[int]) -> str:
+    """Write ascending indices for people: ``0-3``, or ``0, 2, ..., 22`` where steps are equal."""
+    steps = {b - a for a, b in pairwise(indices)}
+    if len(indices) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{indices[0]}, {indices[1]}, ..., {indices[-1]}"
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
         else:
-            groups.append((i, i))
-    return groups
-
-
-def _kind(layer: LayerReport) -> LayerReport:
-    return replace(layer, index=0)
+            runs.append([i])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +22,8 @@ from mlx_sink.architectures import REFUSED, VERIFIED
 from mlx_sink.cache import SinkCache
 from mlx_sink.group import leaves
 from mlx_sink.layers import native_caches
+
+ROOT = Path(__file__).parents[1]
 
 S, W, E = 3, 10, 17
 CONFIG = SinkConfig(S, W, epoch=E)
@@ -132,3 +136,11 @@ def test_the_others_are_refused_by_name(name: str):
     assert message.endswith(f"is not supported: {REFUSED[name]}")
     assert "\n" not in message
     assert "make_cache" not in vars(model)
+
+
+def test_the_table_of_the_docs_is_up_to_date():
+    """`python scripts/models_table.py > docs/models.md` writes it."""
+    spec = importlib.util.spec_from_file_location("models_table", ROOT / "scripts/models_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == module.table()

@@ -172,7 +172,8 @@ def decode(
         keys: ``[B, n_kv_heads, rows, head_dim]`` after RoPE: a ring or any view of one, which
             is read where it lies. Where a row's elements are neighbours, rows lie 4 elements
             or a multiple of that apart and begin likewise (a view ``[..., 1:]`` does not): the
-            kernel loads up to 16 bytes at once.
+            kernel loads up to 16 bytes at once. MLX does not tell strides before an array is
+            computed, so this is the caller's to keep; the library's own rings do.
         values: ``[B, n_kv_heads, rows, v_head_dim]``, likewise.
         tables: Which rows each sequence sees, and how its queries are turned.
         scale: Factor on q.k.

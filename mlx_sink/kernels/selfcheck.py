@@ -18,7 +18,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -288,6 +288,22 @@ def folder() -> Path:
     if platform.system() == "Darwin":
         return Path.home() / "Library" / "Caches" / "mlx_sink"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_sink"
+
+
+def kept() -> list[dict[str, Any]]:
+    """Return the verdicts that use has left in `folder`, of this machine as it is now.
+
+    Returns:
+        Dictionaries of ``kernel`` (its name), ``passed``, ``error`` and ``reason``.
+    """
+    here, found = machine(), list[dict[str, Any]]()
+    for path in sorted(folder().glob("*.json")):
+        verdict = _read(path)
+        if verdict is not None:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if all(facts.get(name) == value for name, value in here.items()):
+                found.append({"kernel": str(facts.get("kernel")), **asdict(verdict)})
+    return found
 
 
 def _key(spec: Specialisation) -> str:
