@@ -185,10 +185,15 @@ def trace(model: nn.Module, caches: Sequence[Any], n: int) -> None:
         raise UnsupportedModelError(str(error)) from None
     except Exception as error:
         # A model that is not known yet may fail in any way.
-        line = (str(error).strip().splitlines() or [""])[0]
         raise UnsupportedModelError(
-            f"its forward pass fails with a bounded cache ({type(error).__name__}: {line})"
+            f"its forward pass fails with a bounded cache ({in_a_line(error)})"
         ) from None
+
+
+def in_a_line(error: Exception) -> str:
+    """Return the kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def watch(model: nn.Module, make: Callable[[], Sequence[Any]], farthest: int) -> list[list[Seen]]:
