@@ -15,7 +15,7 @@ from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
 from mlx_sink.group import leaves
-from mlx_sink.hook import defining_modules, hook
+from mlx_sink.hook import hook
 from mlx_sink.layers import bounded_caches, common_epoch, native_caches
 from mlx_sink.report import LayerReport, Report, report_of
 from mlx_sink.rope import RopeCall, Rotation
@@ -172,8 +172,9 @@ def _architecture(model: nn.Module) -> str | None:
 
 def _is_verified(model: nn.Module) -> bool:
     """Tell whether all of a model is an architecture's that the tests verify."""
-    modules = [module.__name__.partition(".")[0] for module in defining_modules(model)]
-    return _architecture(model) in VERIFIED and set(modules) <= {"mlx", "mlx_lm"}
+    parts = cast("list[nn.Module]", model.modules())
+    packages = {type(part).__module__.partition(".")[0] for part in parts}
+    return _architecture(model) in VERIFIED and packages <= {"mlx", "mlx_lm"}
 
 
 def _planned(model: nn.Module, config: SinkConfig) -> _MakeCache:

@@ -21,7 +21,7 @@ from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
 from mlx_sink.group import leaves
-from mlx_sink.hook import defining_modules
+from mlx_sink.hook import namespaces
 from mlx_sink.rope import RopeCall, Rotation
 
 
@@ -145,16 +145,17 @@ def _watching(model: nn.Module | None = None) -> Generator[None]:
 
     What other threads call goes through.
     """
-    places: list[tuple[Any, str, Callable[..., RopeCall]]] = [(mx.fast, "rope", _of_fast_rope)]
-    for module in [] if model is None else defining_modules(model):
-        places += [(module, name, of) for name, of in FUSED_ROPES.items() if hasattr(module, name)]
+    places: list[tuple[dict[str, Any], str, Callable[..., RopeCall]]] = []
+    places.append((vars(mx.fast), "rope", _of_fast_rope))
+    for names in [] if model is None else namespaces(model):
+        places += [(names, name, of) for name, of in FUSED_ROPES.items() if name in names]
     with _patching, ExitStack() as stack:
         stack.callback(_watch.stop)
         _watch.start()
         for place, name, of in places:
-            original = getattr(place, name)
-            setattr(place, name, _noted(original, of))
-            stack.callback(setattr, place, name, original)
+            original = place[name]
+            place[name] = _noted(original, of)
+            stack.callback(place.__setitem__, name, original)
         yield
 
 

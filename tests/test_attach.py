@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -12,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.models
 import numpy as np
 import pytest
 from mlx_lm import stream_generate
@@ -26,8 +23,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sink import CacheError, ConfigError, SinkConfig, UnsupportedModelError, attach, detach
-from mlx_sink.hook import HOOKED, MARK
 from mlx_sink.cache import SinkCache
+from mlx_sink.hook import HOOKED, MARK
 from mlx_sink.rope import Rotation
 
 CONFIG = SinkConfig(3, 10, epoch=17)
