@@ -146,7 +146,7 @@ def _watching(model: nn.Module | None = None) -> Generator[None]:
     What other threads call goes through.
     """
     places: list[tuple[dict[str, Any], str, Callable[..., RopeCall]]] = []
-    places.append((vars(mx.fast), "rope", _of_fast_rope))
+    places.append((mx.fast.__dict__, "rope", _of_fast_rope))
     for names in [] if model is None else namespaces(model):
         places += [(names, name, of) for name, of in FUSED_ROPES.items() if name in names]
     with _patching, ExitStack() as stack:
