@@ -60,6 +60,7 @@ class _MakeCache:
         effective: The same, with the epoch that serves every ring of the model.
         native: Empty caches as mlx-lm gives them.
         plans: One for each ring, in order.
+        farthest: The largest position that the model will see.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class _MakeCache:
         effective: SinkConfig,
         native: Sequence[Any],
         plans: Sequence[_Plan],
+        farthest: int,
     ):
         self.config = config
+        self.farthest = farthest
         self._effective = effective
         self._native = native
         self._plans = plans
@@ -118,7 +121,7 @@ def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:
         trace(model, caches, 2)
         layers = _report(caches)
         if not _is_verified(model):
-            verify(model, lambda c: _planned(model, c)())
+            verify(model, lambda c: _planned(model, c)(), make.farthest)
     except UnsupportedModelError as error:
         restore_ropes(model)
         raise UnsupportedModelError(f"{_name(model)} is not supported: {error}") from None
@@ -206,7 +209,7 @@ def _planned(model: nn.Module, config: SinkConfig) -> _MakeCache:
         plans.append(plan)
     if any(plan.rows is not None and not plan.rotation.is_identity for plan in plans):
         align_ropes(model)
-    return _MakeCache(config, effective, native, plans)
+    return _MakeCache(config, effective, native, plans, farthest)
 
 
 def _windows(rings: Iterable[tuple[SinkCache, Seen]]) -> dict[int, int]:
