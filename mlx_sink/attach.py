@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, cast
 
@@ -74,7 +74,9 @@ def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:
         make_cache = _MakeCache(config, _rotations(model, config))
         for module in _attention_modules(model):
             _hook(module)
-        layers = _probe(model, make_cache())
+        caches = make_cache()
+        _check_rollback(caches, config)
+        layers = _probe(model, caches)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{_name(model)} is not supported: {error}") from None
     model.make_cache = make_cache
@@ -208,6 +210,16 @@ def _hook(module: ModuleType) -> None:
 
     setattr(hooked, MARK, True)
     setattr(module, HOOKED, hooked)
+
+
+def _check_rollback(caches: Sequence[Any], config: SinkConfig) -> None:
+    """Raise if tokens are to be taken back, and a layer's cache cannot do that."""
+    for i, cache in enumerate(caches):
+        if config.rollback and not cache.is_trimmable():
+            raise UnsupportedModelError(
+                f"layer {i} has a {type(cache).__name__}, which cannot take tokens back: "
+                f"leave rollback ({config.rollback}) and draft models out"
+            )
 
 
 def _probe(model: nn.Module, caches: list[SinkCache]) -> tuple[LayerReport, ...]:

@@ -140,6 +140,11 @@ class SinkCache:
         return self.ring.rollback > 0
 
     @property
+    def rollback(self) -> int:
+        """Spare slots: tokens that can be taken back at any time."""
+        return self.ring.rollback
+
+    @property
     def spare(self) -> int:
         """Tokens that `trim` can take back now."""
         return self.ring.spare

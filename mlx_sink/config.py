@@ -17,6 +17,9 @@ The error of a float32 RoPE angle grows with the position: up to here it moves a
 than 1e-4, at 32,768 by 5e-4.
 """
 
+NUM_DRAFT_TOKENS = 3
+"""Tokens that a draft model guesses at once unless stated, as in mlx-lm's command."""
+
 
 @dataclass(frozen=True, slots=True)
 class SinkConfig:
@@ -54,7 +57,9 @@ class SinkConfig:
             _check_integer("epoch", self.epoch, at_least=1)
             if self.epoch < self.slots:
                 parts = "num_sinks + window" + " + rollback" * (self.rollback > 0)
-                raise ConfigError(f"epoch must be at least {parts} ({self.slots}), got {self.epoch}")
+                raise ConfigError(
+                    f"epoch must be at least {parts} ({self.slots}), got {self.epoch}"
+                )
 
     @property
     def capacity(self) -> int:

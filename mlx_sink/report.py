@@ -16,7 +16,7 @@ class LayerReport:
         index: The layer's place in ``model.layers``.
         cache: What it got: ``"sink ring"``.
         positions: ``"rope"``, or ``"none"`` for a layer without positions.
-        slots: Tokens it holds when full.
+        slots: Tokens it holds when full, spare ones included.
         bytes_per_token: Keys and values of one token of one sequence.
     """
 
@@ -57,8 +57,9 @@ class Report:
     def __str__(self) -> str:
         c = self.config
         lines = [
-            f"{self.model_type}: {c.num_sinks} sinks + window {c.window} = {c.capacity} tokens, "
-            f"{format_bytes(self.nbytes)} when full",
+            f"{self.model_type}: {c.num_sinks} sinks + window {c.window} = {c.capacity} tokens"
+            + f" + {c.rollback} spare slots" * (c.rollback > 0)
+            + f", {format_bytes(self.nbytes)} when full",
             f"{'layers':>9}  {'cache':<10} {'positions':<10} {'slots':>7} {'bytes/token':>12} "
             f"{'bytes':>12}",
         ]

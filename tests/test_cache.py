@@ -160,7 +160,7 @@ def test_nothing_comes_back_after_an_eviction():
     cache = empty()
     feed(cache, CONFIG.capacity)
     feed(cache, 1)
-    with pytest.raises(CacheError, match="cannot take back 1 tokens, only 0: .*rollback"):
+    with pytest.raises(CacheError, match=r"cannot take back 1 tokens, only 0: .*rollback"):
         cache.trim(1)
     assert cache.tokens == CONFIG.capacity + 1
 
