@@ -204,6 +204,7 @@ def _hook(module: ModuleType) -> None:
             keys,
             values,
             layout=cache.take_layout(),
+            packed=cache.take_packed(),
             rotation=cache.rotation,
             scale=scale,
         )
@@ -237,7 +238,8 @@ def _probe(model: nn.Module, caches: list[SinkCache]) -> tuple[LayerReport, ...]
             raise UnsupportedModelError(f"layer {i} keeps no keys of its own")
         if cache.is_pending:
             raise UnsupportedModelError(f"layer {i} does not attend through mlx-lm's {HOOKED}")
-        row = sum(a.shape[1] * a.shape[3] * a.itemsize for a in (cache.keys, cache.values))
         positions = "none" if cache.rotation.is_identity else "rope"
-        reports.append(LayerReport(i, "sink ring", positions, cache.ring.slots, row))
+        slots, sinks = cache.ring.slots, cache.ring.num_sinks
+        row, sink = cache.bytes_per_token, cache.bytes_per_sink
+        reports.append(LayerReport(i, "sink ring", positions, slots, row, sinks, sink))
     return tuple(reports)

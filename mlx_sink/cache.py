@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
-from mlx_sink.ring import Layout, Ring, Run, layout_of
+from mlx_sink.ring import Layout, Ring, layout_of
 from mlx_sink.rope import Rotation
-
-GROWTH = 256
-"""Slots by which the arrays grow until they reach the capacity."""
+from mlx_sink.storage import Packed, storage_of
 
 
 class SinkCache:
@@ -30,9 +27,20 @@ class SinkCache:
     def __init__(self, config: SinkConfig, rotation: Rotation):
         self.ring = Ring.from_config(config)
         self.rotation = rotation
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        k_bits, v_bits = config.bits
+        self._keys, self._values = storage_of(config, k_bits), storage_of(config, v_bits)
         self._pending: Layout | None = None
+        self._packed: tuple[Packed, Packed] | None = None
+
+    @property
+    def keys(self) -> Any:
+        """The array of keys, slots in order, or those of quantised ones; ``None`` if empty."""
+        return self._keys.state
+
+    @property
+    def values(self) -> Any:
+        """As `keys`."""
+        return self._values.state
 
     @property
     def tokens(self) -> int:
@@ -64,35 +72,12 @@ class SinkCache:
             )
         layout = self._pending = layout_of(self.ring, keys.shape[2])
         self.ring = layout.after
-        if layout.n == 1:
-            ring_keys, ring_values = self._write(layout, keys, values)
-            extent = self.ring.extent
-            if extent < ring_keys.shape[2]:
-                return ring_keys[:, :, :extent], ring_values[:, :, :extent]
-            return ring_keys, ring_values
-        # The chunk's writes evict rows that its own first queries still see: fetch first.
-        fetched = _gather(self.keys, layout.held, keys), _gather(self.values, layout.held, values)
-        self._write(layout, keys, values)
-        return fetched
-
-    def _write(
-        self, layout: Layout, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Put the new rows into their slots, growing the arrays up to the capacity."""
-        slots = layout.after.extent
-        if self.keys is None or self.values is None or slots > self.keys.shape[2]:
-            room = min(-(-slots // GROWTH) * GROWTH, layout.after.slots)
-            self.keys = _grown(self.keys, keys, room)
-            self.values = _grown(self.values, values, room)
-        for c in layout.writes:
-            target, source = (
-                slice(c.target, c.target + c.length),
-                slice(c.source, c.source + c.length),
-            )
-            whole = c.length == layout.n
-            self.keys[:, :, target] = keys if whole else keys[:, :, source]
-            self.values[:, :, target] = values if whole else values[:, :, source]
-        return self.keys, self.values
+        k, v = self._keys.update(layout, keys), self._values.update(layout, values)
+        if isinstance(k, Packed) and isinstance(v, Packed):
+            # A kernel reads them as they are; where one serves, the others are never computed.
+            self._packed = k, v
+            return k.expanded(), v.expanded()
+        return cast("mx.array", k), cast("mx.array", v)
 
     @property
     def is_pending(self) -> bool:
@@ -109,6 +94,11 @@ class SinkCache:
         if layout is None:
             raise CacheError("attention was called without new keys: shared KV is not supported")
         return layout
+
+    def take_packed(self) -> tuple[Packed, Packed] | None:
+        """Return the rows last fetched as they are held, if quantised; held no longer after."""
+        packed, self._packed = self._packed, None
+        return packed
 
     def make_mask(
         self, n: int, window_size: int | None = None, return_array: bool = False
@@ -128,7 +118,10 @@ class SinkCache:
         Raises:
             CacheError: Always.
         """
-        raise CacheError(f"a sink ring cannot be quantised: leave kv_bits ({bits}) out")
+        raise CacheError(
+            f"a sink ring is quantised from its first token or not at all: instead of mlx-lm's "
+            f"kv_bits, attach with SinkConfig(kv_bits={bits})"
+        )
 
     def is_trimmable(self) -> bool:
         """Tell whether tokens can be taken back at any time: with spare slots they can.
@@ -177,7 +170,17 @@ class SinkCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
+        return self._keys.nbytes + self._values.nbytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token of one sequence that is no sink; 0 before the first."""
+        return self._keys.bytes_per_token + self._values.bytes_per_token
+
+    @property
+    def bytes_per_sink(self) -> int:
+        """Bytes of one sink of one sequence; 0 before the first."""
+        return self._keys.bytes_per_sink + self._values.bytes_per_sink
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -192,20 +195,8 @@ class SinkCache:
 
     @state.setter
     def state(self, value: tuple[Any, ...]) -> None:
-        self.keys, self.values, *integers = value
+        keys, values, *integers = value
         self.ring = Ring(*integers)
-        self._pending = None
-
-
-def _grown(old: mx.array | None, like: mx.array, slots: int) -> mx.array:
-    B, heads, _, dim = like.shape
-    held = 0 if old is None else old.shape[2]
-    fresh = mx.zeros((B, heads, slots - held, dim), like.dtype)
-    return fresh if old is None else mx.concatenate([old, fresh], axis=2)
-
-
-def _gather(ring: mx.array | None, held: Sequence[Run], rows: mx.array) -> mx.array:
-    if ring is None:
-        return rows
-    parts = [ring[:, :, run.row : run.row + run.length] for run in held]
-    return mx.concatenate([*parts, rows], axis=2)
+        self._keys.restore(keys, self.ring.extent)
+        self._values.restore(values, self.ring.extent)
+        self._pending = self._packed = None

@@ -17,7 +17,7 @@ from mlx_sink.stream import Stream
 
 INSTEAD = {
     "max_kv_size": "its size is fixed by attach(model, SinkConfig(window=...))",
-    "kv_bits": "it cannot be quantised",
+    "kv_bits": "use attach(model, SinkConfig(kv_bits=...))",
     "draft_model": "use Stream(model, tokenizer, draft_model=...)",
 }
 """Options of mlx-lm's that are not taken here, and what serves instead."""

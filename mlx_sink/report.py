@@ -17,7 +17,9 @@ class LayerReport:
         cache: What it got: ``"sink ring"``.
         positions: ``"rope"``, or ``"none"`` for a layer without positions.
         slots: Tokens it holds when full, spare ones included.
-        bytes_per_token: Keys and values of one token of one sequence.
+        bytes_per_token: Keys and values of one token of one sequence; quantised, if it is no sink.
+        sinks: Slots that are the sinks'.
+        bytes_per_sink: Keys and values of a sink.
     """
 
     index: int
@@ -25,11 +27,13 @@ class LayerReport:
     positions: str
     slots: int
     bytes_per_token: int
+    sinks: int
+    bytes_per_sink: int
 
     @property
     def nbytes(self) -> int:
         """Bytes of a full cache for one sequence."""
-        return self.slots * self.bytes_per_token
+        return self.sinks * self.bytes_per_sink + (self.slots - self.sinks) * self.bytes_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class Report:
         lines = [
             f"{self.model_type}: {c.num_sinks} sinks + window {c.window} = {c.capacity} tokens"
             + f" + {c.rollback} spare slots" * (c.rollback > 0)
+            + _quantised(c)
             + f", {format_bytes(self.nbytes)} when full",
             f"{'layers':>9}  {'cache':<10} {'positions':<10} {'slots':>7} {'bytes/token':>12} "
             f"{'bytes':>12}",
@@ -71,6 +76,14 @@ class Report:
                 f"{layer.bytes_per_token:>12} {layer.nbytes * (last - first + 1):>12}"
             )
         return "\n".join(lines)
+
+
+def _quantised(config: SinkConfig) -> str:
+    k, v = config.bits
+    if k is None:
+        return ""
+    bits = f"{k} bits" if k == v else f"{k} (keys) and {v} bits (values)"
+    return f", quantised to {bits} in groups of {config.kv_group_size}"
 
 
 def format_bytes(n: float) -> str:
@@ -94,4 +107,5 @@ def _alike(layers: tuple[LayerReport, ...]) -> list[tuple[int, int]]:
 
 
 def _kind(layer: LayerReport) -> tuple[object, ...]:
-    return layer.cache, layer.positions, layer.slots, layer.bytes_per_token
+    sizes = layer.slots, layer.bytes_per_token, layer.sinks, layer.bytes_per_sink
+    return layer.cache, layer.positions, *sizes
