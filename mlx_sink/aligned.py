@@ -84,6 +84,7 @@ class AlignedCache(SinkCache):
         _at_work.cache = None
         k, v = self.rows.widths
         fetched = list(super().update_and_fetch(keys[..., :k], values[..., :v]))
+        self._packed = None
         if keys.shape[2] > 1 and self.rows.in_chunks is not None:
             return fetched[0], fetched[1]
         layout = self.take_layout()

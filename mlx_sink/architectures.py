@@ -133,6 +133,7 @@ def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> 
     out = sink_attention(
         *(q, k, v),
         layout=cache.take_layout(k),
+        packed=cache.take_packed(k),
         rotation=cache.rotation,
         scale=self.scale,
         softcap=self.attn_logit_softcapping,

@@ -36,7 +36,10 @@ class CacheGroup:
         Raises:
             CacheError: Always.
         """
-        raise CacheError(f"a sink ring cannot be quantised: leave kv_bits ({bits}) out")
+        raise CacheError(
+            f"sink rings are quantised from the first token or not at all: instead of mlx-lm's "
+            f"kv_bits, attach with SinkConfig(kv_bits={bits})"
+        )
 
     def is_trimmable(self) -> bool:
         """Tell whether tokens can be taken back from all of them."""

@@ -83,6 +83,7 @@ def _hook(names: dict[str, Any]) -> None:
             keys,
             values,
             layout=owner.take_layout(keys, mask),
+            packed=owner.take_packed(keys),
             rotation=owner.rotation,
             scale=scale,
             learned_sinks=sinks,

@@ -10,8 +10,9 @@ import pytest
 from tiny import build, every, mixed, random_tokens, run
 
 from mlx_sink import CacheError, SinkConfig, attach
-from mlx_sink.cache import GROWTH, SinkCache
+from mlx_sink.cache import SinkCache
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import GROWTH
 
 CONFIG = SinkConfig(2, 5, epoch=9)
 
@@ -117,7 +118,7 @@ def test_attending_twice_is_refused():
 
 def test_quantising_is_refused():
     """mlx-lm's kv_bits would be ignored in silence for a cache without this method."""
-    with pytest.raises(CacheError, match=r"cannot be quantised: leave kv_bits \(8\) out"):
+    with pytest.raises(CacheError, match=r"from its first token .* SinkConfig\(kv_bits=8\)"):
         empty().to_quantized(group_size=64, bits=8)
 
 
