@@ -197,6 +197,7 @@ class SinkCache:
     def state(self, value: tuple[Any, ...]) -> None:
         keys, values, *integers = value
         self.ring = Ring(*integers)
-        self._keys.restore(keys, self.ring.extent)
-        self._values.restore(values, self.ring.extent)
+        extent = self.ring.extent
+        self._keys = self._keys.restored(keys, extent)
+        self._values = self._values.restored(values, extent)
         self._pending = self._packed = None
