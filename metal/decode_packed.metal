@@ -12,9 +12,11 @@ keys.sinks = k + b * size_t(k_strides[0]) + hk * size_t(k_strides[1]);
 keys.sinks_row = int(k_strides[2]);
 keys.words = k_words + b * size_t(k_words_strides[0]) + hk * size_t(k_words_strides[1]);
 keys.words_row = int(k_words_strides[2]);
-keys.scales = k_scales + b * size_t(k_scales_strides[0]) + hk * size_t(k_scales_strides[1]);
+keys.scales =
+    k_scales + b * size_t(k_scales_strides[0]) + hk * size_t(k_scales_strides[1]);
 keys.scales_row = int(k_scales_strides[2]);
-keys.biases = k_biases + b * size_t(k_biases_strides[0]) + hk * size_t(k_biases_strides[1]);
+keys.biases =
+    k_biases + b * size_t(k_biases_strides[0]) + hk * size_t(k_biases_strides[1]);
 keys.biases_row = int(k_biases_strides[2]);
 SinkRows<T, VBITS, GS> values;
 values.split = int(scalars[2]);
@@ -22,7 +24,9 @@ values.sinks = v + b * size_t(v_strides[0]) + hk * size_t(v_strides[1]);
 values.sinks_row = int(v_strides[2]);
 values.words = v_words + b * size_t(v_words_strides[0]) + hk * size_t(v_words_strides[1]);
 values.words_row = int(v_words_strides[2]);
-values.scales = v_scales + b * size_t(v_scales_strides[0]) + hk * size_t(v_scales_strides[1]);
+values.scales =
+    v_scales + b * size_t(v_scales_strides[0]) + hk * size_t(v_scales_strides[1]);
 values.scales_row = int(v_scales_strides[2]);
-values.biases = v_biases + b * size_t(v_biases_strides[0]) + hk * size_t(v_biases_strides[1]);
+values.biases =
+    v_biases + b * size_t(v_biases_strides[0]) + hk * size_t(v_biases_strides[1]);
 values.biases_row = int(v_biases_strides[2]);

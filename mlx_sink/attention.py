@@ -61,7 +61,7 @@ def sink_attention(
     begin with the rotated dimensions, the kernel `kernels.decode` if it has passed its check on
     this machine, for as many tokens (`kernels.selfcheck.serves`); for everything else
     `reference.attend`. Quantised keys and values go to `kernels.decode_packed` wherever that fits
-    and has passed its check; elsewhere they are expanded first.
+    and has passed its check; elsewhere they are expanded first, and then are as any others.
     """
     turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window

@@ -64,7 +64,7 @@ class SinkCache:
 
     @keys.setter
     def keys(self, value: Any) -> None:
-        self._keys.restore(value, self.ring.extent)
+        self._keys = self._keys.restored(value, self.ring.extent)
 
     @property
     def values(self) -> Any:
@@ -73,7 +73,7 @@ class SinkCache:
 
     @values.setter
     def values(self, value: Any) -> None:
-        self._values.restore(value, self.ring.extent)
+        self._values = self._values.restored(value, self.ring.extent)
 
     @property
     def tokens(self) -> int:
@@ -298,7 +298,8 @@ class SinkCache:
     def state(self, value: tuple[Any, ...]) -> None:
         keys, values, *integers = value
         self.ring = Ring(*integers, chunked=self.ring.chunked)
-        self._keys.restore(keys, self.ring.extent)
-        self._values.restore(values, self.ring.extent)
+        extent = self.ring.extent
+        self._keys = self._keys.restored(keys, extent)
+        self._values = self._values.restored(values, extent)
         self._layout, self._is_pending, self._fetched = None, False, None
         self._lent = self._packed = None

@@ -147,6 +147,7 @@ class Plain:
     """
 
     def __init__(self, config: SinkConfig):
+        self._config = config
         self._slots = _Slots(config.slots)
         self.bytes_per_token = 0
 
@@ -185,8 +186,8 @@ class Plain:
         """The array, slots in order; ``None`` before the first row."""
         return self._slots.arrays[0] if self._slots.arrays else None
 
-    def restore(self, state: mx.array | None, extent: int) -> None:
-        """Go on from a state.
+    def restored(self, state: mx.array | None, extent: int) -> Plain:
+        """Return a storage that goes on from a state; this one stays as it is.
 
         Args:
             state: As `state` gives it.
@@ -195,8 +196,11 @@ class Plain:
         Raises:
             CacheError: The array does not hold as many.
         """
-        self._slots.arrays = [] if state is None else [state]
-        _check_extent(self._slots, extent)
+        new = type(self)(self._config)
+        new._slots.arrays = [] if state is None else [state]
+        _check_extent(new._slots, extent)
+        new.bytes_per_token = self.bytes_per_token
+        return new
 
 
 class Quantised:
@@ -212,6 +216,7 @@ class Quantised:
     """
 
     def __init__(self, config: SinkConfig, bits: int):
+        self._config = config
         self._S = config.num_sinks
         self._sinks, self._ring = _Slots(config.num_sinks), _Slots(config.slots - self._S)
         self._bits, self._group_size = bits, config.kv_group_size
@@ -280,17 +285,21 @@ class Quantised:
             return None
         return (*(self._sinks.arrays or [None]), *(self._ring.arrays or [None] * 3))
 
-    def restore(self, state: Sequence[mx.array | None] | None, extent: int) -> None:
-        """Go on from a state; as in `Plain.restore`."""
+    def restored(self, state: Sequence[mx.array | None] | None, extent: int) -> Quantised:
+        """Return a storage that goes on from a state; as in `Plain.restored`."""
         sinks, *ring = [None] * 4 if state is None else state
-        if len(ring) != 3 or (ring[0] is None) != (None in ring):
+        arrays = [part for part in ring if part is not None]
+        if len(ring) != 3 or len(arrays) not in (0, 3):
             raise CacheError("a quantised cache has words, scales and biases, or none of them")
-        self._sinks.arrays = [] if sinks is None else [sinks]
-        self._ring.arrays = [] if None in ring else cast("list[mx.array]", ring)
-        if self._ring.arrays and self._ring.arrays[0].dtype != mx.uint32:
+        if arrays and arrays[0].dtype != mx.uint32:
             raise CacheError("the words of a quantised cache are uint32")
-        _check_extent(self._sinks, min(self._S, extent))
-        _check_extent(self._ring, extent - self._S)
+        new = type(self)(self._config, self._bits)
+        new._sinks.arrays = [] if sinks is None else [sinks]
+        new._ring.arrays = arrays
+        _check_extent(new._sinks, min(self._S, extent))
+        _check_extent(new._ring, extent - self._S)
+        new.bytes_per_sink, new.bytes_per_token = self.bytes_per_sink, self.bytes_per_token
+        return new
 
 
 Storage = Plain | Quantised
