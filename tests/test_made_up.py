@@ -212,4 +212,4 @@ def test_a_foreign_part_puts_a_known_model_to_the_proof():
 
 
 def test_something_that_is_no_language_model_is_refused():
-    assert refusal(nn.Linear(3, 3)) == "layers is not supported: it has no layers"
+    assert refusal(nn.Linear(3, 3)) == "linear is not supported: it has no layers"
