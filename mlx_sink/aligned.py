@@ -112,7 +112,8 @@ class AlignedCache(SinkCache):
         by_query = double and span.turn is Turn.SINK
         if span.turn is not Turn.NONE and not by_query:
             back = -layout.turns(span.turn)[0]
-            part = self.rows.positions.turn(part, [back], key=(layout, span.turn))
+            # A layer that attends through `sink_attention` may share the rotation.
+            part = self.rows.positions.turn(part, [back], key=(layout, span.turn, "back"))
         return self._doubled(part, span.turn) if double else part
 
     def _doubled(self, part: mx.array, turn: Turn) -> mx.array:
