@@ -84,6 +84,7 @@ class AlignedCache(SinkCache):
         _at_work.cache = None
         k, v = self.rows.widths
         fetched = list(super().update_and_fetch(keys[..., :k], values[..., :v]))
+        self._packed = None
         if keys.shape[2] > 1 and self.rows.in_chunks is not None:
             return fetched[0], fetched[1]
         layout = self.take_layout()
@@ -111,7 +112,8 @@ class AlignedCache(SinkCache):
         by_query = double and span.turn is Turn.SINK
         if span.turn is not Turn.NONE and not by_query:
             back = -layout.turns(span.turn)[0]
-            part = self.rows.positions.turn(part, [back], key=(layout, span.turn))
+            # A layer that attends through `sink_attention` may share the rotation.
+            part = self.rows.positions.turn(part, [back], key=(layout, span.turn, "back"))
         return self._doubled(part, span.turn) if double else part
 
     def _doubled(self, part: mx.array, turn: Turn) -> mx.array:

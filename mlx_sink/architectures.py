@@ -133,6 +133,7 @@ def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> 
     out = sink_attention(
         *(q, k, v),
         layout=cache.take_layout(k),
+        packed=cache.take_packed(k),
         rotation=cache.rotation,
         scale=self.scale,
         softcap=self.attn_logit_softcapping,
@@ -144,10 +145,10 @@ ATTENTIONS: dict[str, tuple[str, Callable[..., mx.array]]] = {"gemma2": ("Attent
 """Modules, the class in each, and what serves instead of its ``__call__`` over our caches."""
 
 
-def adapt(module: Any) -> None:
+def adapt(names: dict[str, Any]) -> None:
     """Put our attention in the place of a module's own, for our caches only; idempotent."""
-    name, ours = ATTENTIONS.get(module.__name__.rpartition(".")[2], ("", None))
-    kind = getattr(module, name, None)
+    name, ours = ATTENTIONS.get(names["__name__"].rpartition(".")[2], ("", None))
+    kind = names.get(name)
     if ours is None or kind is None or hasattr(kind, "_own_call"):
         return
     own = kind._own_call = kind.__call__

@@ -15,7 +15,7 @@ from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
 from mlx_sink.group import leaves
-from mlx_sink.hook import defining_modules, hook
+from mlx_sink.hook import hook
 from mlx_sink.layers import bounded_caches, common_epoch, native_caches
 from mlx_sink.report import LayerReport, Report, report_of
 from mlx_sink.rope import RopeCall, Rotation
@@ -60,6 +60,7 @@ class _MakeCache:
         effective: The same, with the epoch that serves every ring of the model.
         native: Empty caches as mlx-lm gives them.
         plans: One for each ring, in order.
+        farthest: The largest position that the model will see.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class _MakeCache:
         effective: SinkConfig,
         native: Sequence[Any],
         plans: Sequence[_Plan],
+        farthest: int,
     ):
         self.config = config
+        self.farthest = farthest
         self._effective = effective
         self._native = native
         self._plans = plans
@@ -118,7 +121,7 @@ def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:
         trace(model, caches, 2)
         layers = _report(caches)
         if not _is_verified(model):
-            verify(model, lambda c: _planned(model, c)())
+            verify(model, lambda c: _planned(model, c)(), make.farthest)
     except UnsupportedModelError as error:
         restore_ropes(model)
         raise UnsupportedModelError(f"{_name(model)} is not supported: {error}") from None
@@ -172,8 +175,9 @@ def _architecture(model: nn.Module) -> str | None:
 
 def _is_verified(model: nn.Module) -> bool:
     """Tell whether all of a model is an architecture's that the tests verify."""
-    modules = [module.__name__.partition(".")[0] for module in defining_modules(model)]
-    return _architecture(model) in VERIFIED and set(modules) <= {"mlx", "mlx_lm"}
+    parts = cast("list[nn.Module]", model.modules())
+    packages = {type(part).__module__.partition(".")[0] for part in parts}
+    return _architecture(model) in VERIFIED and packages <= {"mlx", "mlx_lm"}
 
 
 def _planned(model: nn.Module, config: SinkConfig) -> _MakeCache:
@@ -205,7 +209,7 @@ def _planned(model: nn.Module, config: SinkConfig) -> _MakeCache:
         plans.append(plan)
     if any(plan.rows is not None and not plan.rotation.is_identity for plan in plans):
         align_ropes(model)
-    return _MakeCache(config, effective, native, plans)
+    return _MakeCache(config, effective, native, plans, farthest)
 
 
 def _windows(rings: Iterable[tuple[SinkCache, Seen]]) -> dict[int, int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -13,11 +12,9 @@ from mlx_sink import lending
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
 from mlx_sink.reference import mask_of
-from mlx_sink.ring import Layout, Ring, Run, layout_of
+from mlx_sink.ring import Layout, Ring, layout_of
 from mlx_sink.rope import Rotation
-
-GROWTH = 256
-"""Slots by which the arrays grow until they reach the capacity."""
+from mlx_sink.storage import Packed, storage_of
 
 
 class SinkCache:
@@ -49,12 +46,34 @@ class SinkCache:
         self.rotation = rotation
         self.lends = lends
         self.limit = limit
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        k_bits, v_bits = config.bits
+        self._keys, self._values = storage_of(config, k_bits), storage_of(config, v_bits)
         self._layout: Layout | None = None
         self._is_pending = False
         self._fetched: weakref.ref[mx.array] | None = None
         self._lent: tuple[mx.array, mx.array] | None = None
+        self._packed: tuple[Packed, Packed] | None = None
+
+    @property
+    def keys(self) -> Any:
+        """The array of keys, slots in order, or those of quantised ones; ``None`` if empty.
+
+        Some models put an array in its place, for when it is computed.
+        """
+        return self._keys.state
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        self._keys = self._keys.restored(value, self.ring.extent)
+
+    @property
+    def values(self) -> Any:
+        """As `keys`."""
+        return self._values.state
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        self._values = self._values.restored(value, self.ring.extent)
 
     @property
     def tokens(self) -> int:
@@ -91,7 +110,12 @@ class SinkCache:
             raise CacheError(f"{layout.n} tokens at once are too many: read at most {most}")
         self._layout, self._is_pending, self.ring = layout, True, layout.after
         self._lent = None  # or it would keep MLX from writing in place
-        fetched = self._take(layout, keys, values)
+        k, v = self._keys.update(layout, keys), self._values.update(layout, values)
+        if isinstance(k, Packed) and isinstance(v, Packed):
+            # A kernel reads them as they are; where one serves, the others are never computed.
+            self._packed = k, v
+            k, v = k.expanded(), v.expanded()
+        fetched = cast("mx.array", k), cast("mx.array", v)
         self._fetched = weakref.ref(fetched[0])
         if self.lends:
             self._lent = fetched
@@ -107,37 +131,6 @@ class SinkCache:
         if self._lent is None:
             raise CacheError("the model reads keys of a layer that it did not read when attached")
         return self._lent
-
-    def _take(self, layout: Layout, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if layout.n == 1:
-            ring_keys, ring_values = self._write(layout, keys, values)
-            extent = self.ring.extent
-            if extent < ring_keys.shape[2]:
-                return ring_keys[:, :, :extent], ring_values[:, :, :extent]
-            return ring_keys, ring_values
-        # The chunk's writes evict rows that its own first queries still see: fetch first.
-        fetched = _gather(self.keys, layout.held, keys), _gather(self.values, layout.held, values)
-        self._write(layout, keys, values)
-        return fetched
-
-    def _write(
-        self, layout: Layout, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Put the new rows into their slots, growing the arrays up to the capacity."""
-        slots = layout.after.extent
-        if self.keys is None or self.values is None or slots > self.keys.shape[2]:
-            room = min(-(-slots // GROWTH) * GROWTH, layout.after.slots)
-            self.keys = _grown(self.keys, keys, room)
-            self.values = _grown(self.values, values, room)
-        for c in layout.writes:
-            target, source = (
-                slice(c.target, c.target + c.length),
-                slice(c.source, c.source + c.length),
-            )
-            whole = c.length == layout.n
-            self.keys[:, :, target] = keys if whole else keys[:, :, source]
-            self.values[:, :, target] = values if whole else values[:, :, source]
-        return self.keys, self.values
 
     @property
     def is_pending(self) -> bool:
@@ -176,6 +169,15 @@ class SinkCache:
         if not self.knows(mask):
             raise CacheError("the model attends under a mask of its own")
         return layout
+
+    def take_packed(self, keys: mx.array) -> tuple[Packed, Packed] | None:
+        """Return the rows last fetched as they are held, if quantised; held no longer after.
+
+        Args:
+            keys: What is attended to; what a model made of the fetched keys is nowhere packed.
+        """
+        packed, self._packed = self._packed, None
+        return packed if self.handed_out(keys) else None
 
     def knows(self, mask: object) -> bool:
         """Tell whether a mask says what the layout of the last call says."""
@@ -217,7 +219,10 @@ class SinkCache:
         Raises:
             CacheError: Always.
         """
-        raise CacheError(f"a sink ring cannot be quantised: leave kv_bits ({bits}) out")
+        raise CacheError(
+            f"a sink ring is quantised from its first token or not at all: instead of mlx-lm's "
+            f"kv_bits, attach with SinkConfig(kv_bits={bits})"
+        )
 
     def is_trimmable(self) -> bool:
         """Tell whether tokens can be taken back at any time: with spare slots they can.
@@ -227,6 +232,11 @@ class SinkCache:
         and its speculative decoding refuses such a cache in one line.
         """
         return self.ring.rollback > 0
+
+    @property
+    def rollback(self) -> int:
+        """Spare slots: tokens that can be taken back at any time."""
+        return self.ring.rollback
 
     @property
     def spare(self) -> int:
@@ -261,7 +271,17 @@ class SinkCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
+        return self._keys.nbytes + self._values.nbytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token of one sequence that is no sink; 0 before the first."""
+        return self._keys.bytes_per_token + self._values.bytes_per_token
+
+    @property
+    def bytes_per_sink(self) -> int:
+        """Bytes of one sink of one sequence; 0 before the first."""
+        return self._keys.bytes_per_sink + self._values.bytes_per_sink
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -276,20 +296,10 @@ class SinkCache:
 
     @state.setter
     def state(self, value: tuple[Any, ...]) -> None:
-        self.keys, self.values, *integers = value
+        keys, values, *integers = value
         self.ring = Ring(*integers, chunked=self.ring.chunked)
-        self._layout, self._is_pending, self._fetched, self._lent = None, False, None, None
-
-
-def _grown(old: mx.array | None, like: mx.array, slots: int) -> mx.array:
-    B, heads, _, dim = like.shape
-    held = 0 if old is None else old.shape[2]
-    fresh = mx.zeros((B, heads, slots - held, dim), like.dtype)
-    return fresh if old is None else mx.concatenate([old, fresh], axis=2)
-
-
-def _gather(ring: mx.array | None, held: Sequence[Run], rows: mx.array) -> mx.array:
-    if ring is None:
-        return rows
-    parts = [ring[:, :, run.row : run.row + run.length] for run in held]
-    return mx.concatenate([*parts, rows], axis=2)
+        extent = self.ring.extent
+        self._keys = self._keys.restored(keys, extent)
+        self._values = self._values.restored(values, extent)
+        self._layout, self._is_pending, self._fetched = None, False, None
+        self._lent = self._packed = None

@@ -17,6 +17,14 @@ The error of a float32 RoPE angle grows with the position: up to here it moves a
 than 1e-4, at 32,768 by 5e-4.
 """
 
+NUM_DRAFT_TOKENS = 3
+"""Tokens that a draft model guesses at once unless stated, as in mlx-lm's command."""
+
+BITS = (8, 4)
+GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP_SIZE = 64
+"""As in mlx-lm and MLX."""
+
 
 @dataclass(frozen=True, slots=True)
 class SinkConfig:
@@ -33,6 +41,11 @@ class SinkConfig:
             It changes no result beyond rounding; tests make it small.
         rollback: Newest tokens that can be taken back at any time, exactly; at least 0. Each
             costs a slot.
+        kv_bits: 8 or 4 to keep keys and values quantised to so many bits, in MLX's affine
+            layout; ``None`` for the dtype of the model. Sinks stay in that dtype.
+        kv_group_size: Elements of a key or value that share a scale and a bias: 32, 64 or 128.
+        k_bits: As ``kv_bits``, for keys alone.
+        v_bits: As ``kv_bits``, for values alone.
 
     Raises:
         ConfigError: A value is not an integer or out of range.
@@ -45,6 +58,10 @@ class SinkConfig:
     window: int = DEFAULT_WINDOW
     epoch: int | None = None
     rollback: int = 0
+    kv_bits: int | None = None
+    kv_group_size: int = DEFAULT_GROUP_SIZE
+    k_bits: int | None = None
+    v_bits: int | None = None
 
     def __post_init__(self) -> None:
         _check_integer("num_sinks", self.num_sinks, at_least=0)
@@ -57,6 +74,23 @@ class SinkConfig:
                 raise ConfigError(
                     f"epoch must be at least {parts} ({self.slots}), got {self.epoch}"
                 )
+        for name, bits in (("kv_bits", self.kv_bits), *self._own_bits):
+            if bits is not None:
+                _check_choice(name, bits, BITS)
+        _check_choice("kv_group_size", self.kv_group_size, GROUP_SIZES)
+        given = [name for name, bits in self._own_bits if bits is not None]
+        if self.kv_bits is None and len(given) == 1:
+            raise ConfigError(f"{given[0]} alone is not supported: give kv_bits for the others")
+
+    @property
+    def _own_bits(self) -> tuple[tuple[str, int | None], ...]:
+        return ("k_bits", self.k_bits), ("v_bits", self.v_bits)
+
+    @property
+    def bits(self) -> tuple[int | None, int | None]:
+        """Bits of keys and of values, the defaults resolved; ``None`` for the model's dtype."""
+        k, v = (self.kv_bits if bits is None else bits for _, bits in self._own_bits)
+        return k, v
 
     @property
     def capacity(self) -> int:
@@ -135,3 +169,9 @@ def _check_integer(name: str, value: object, at_least: int) -> None:
         raise ConfigError(f"{name} must be an integer, got {value!r}")
     if value < at_least:
         raise ConfigError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
+    if value not in choices or isinstance(value, bool):
+        words = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+        raise ConfigError(f"{name} must be {words}, got {value!r}")

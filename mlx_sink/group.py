@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+from mlx_sink.errors import CacheError
+
 
 class CacheGroup:
     """Several caches of one layer, which mlx-lm knows as a ``CacheList``.
@@ -22,6 +24,22 @@ class CacheGroup:
 
     def __getitem__(self, i: int) -> Any:
         return self.caches[i]
+
+    @property
+    def offset(self) -> int:
+        """Position of the next token, as the first ring has it; 0 without one."""
+        return next((cache.offset for cache in self.caches if hasattr(cache, "offset")), 0)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheGroup:
+        """Refuse mlx-lm's ``kv_bits``, as `SinkCache` does: mlx-lm would ignore it silently.
+
+        Raises:
+            CacheError: Always.
+        """
+        raise CacheError(
+            f"sink rings are quantised from the first token or not at all: instead of mlx-lm's "
+            f"kv_bits, attach with SinkConfig(kv_bits={bits})"
+        )
 
     def is_trimmable(self) -> bool:
         """Tell whether tokens can be taken back from all of them."""

@@ -7,9 +7,8 @@ each of them. For caches that are not ours the original is called.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
@@ -26,16 +25,25 @@ MARK = "_hooked_by_mlx_sink"
 
 def hook(model: nn.Module) -> None:
     """Hook every module of Python that defines a part of the model and imports the function."""
-    for module in defining_modules(model):
-        adapt(module)
-        if hasattr(module, HOOKED):
-            _hook(module)
+    for names in namespaces(model):
+        adapt(names)
+        if HOOKED in names:
+            _hook(names)
 
 
-def defining_modules(model: nn.Module) -> list[ModuleType]:
-    """Return the modules of Python that define a model and its parts."""
-    parts = cast("list[nn.Module]", model.modules())
-    return [sys.modules[name] for name in sorted({type(part).__module__ for part in parts})]
+def namespaces(model: nn.Module) -> list[dict[str, Any]]:
+    """Return what is global where a model, its parts and what they are derived from are defined.
+
+    Read from their functions: the module of a model file that comes with the weights has no
+    name by which Python would know it.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for kind in {type(part) for part in cast("list[nn.Module]", model.modules())}:
+        for base in kind.__mro__:
+            for value in vars(base).values():
+                if isinstance(value, FunctionType):
+                    found[id(value.__globals__)] = value.__globals__
+    return list(found.values())
 
 
 def owner_of(keys: mx.array, cache: object) -> SinkCache | None:
@@ -50,8 +58,8 @@ def owner_of(keys: mx.array, cache: object) -> SinkCache | None:
     return lender if isinstance(lender, SinkCache) else named
 
 
-def _hook(module: ModuleType) -> None:
-    original = cast("Callable[..., mx.array]", getattr(module, HOOKED))
+def _hook(names: dict[str, Any]) -> None:
+    original = cast("Callable[..., mx.array]", names[HOOKED])
     if getattr(original, MARK, False):
         return
 
@@ -75,10 +83,11 @@ def _hook(module: ModuleType) -> None:
             keys,
             values,
             layout=owner.take_layout(keys, mask),
+            packed=owner.take_packed(keys),
             rotation=owner.rotation,
             scale=scale,
             learned_sinks=sinks,
         )
 
     setattr(hooked, MARK, True)
-    setattr(module, HOOKED, hooked)
+    names[HOOKED] = hooked

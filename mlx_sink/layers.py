@@ -24,11 +24,18 @@ Make = Callable[[SinkConfig, bool], SinkCache]
 
 
 def native_caches(model: nn.Module) -> list[Any]:
-    """Return the caches that mlx-lm itself gives a model."""
+    """Return the caches that mlx-lm itself gives a model.
+
+    Raises:
+        UnsupportedModelError: It says neither its caches nor its layers.
+    """
     make = getattr(type(model), "make_cache", None)
     if make is not None:
         return list(make(model))
-    return [mlx_lm_cache.KVCache() for _ in cast("Sequence[Any]", cast("Any", model).layers)]
+    layers = cast("Sequence[Any] | None", getattr(model, "layers", None))
+    if layers is None:
+        raise UnsupportedModelError("it has no layers")
+    return [mlx_lm_cache.KVCache() for _ in layers]
 
 
 def bounded_caches(native: Sequence[Any], config: SinkConfig, make: Make) -> list[Any]:

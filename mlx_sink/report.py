@@ -23,8 +23,10 @@ class LayerReport:
         attention: What multiplies queries and keys: ``"mlx_sink"``, or ``"model"`` where the
             model does that on its own and gets keys that are aligned.
         positions: ``"rope"``, or ``"none"`` for a layer without positions.
-        slots: Tokens it holds when full.
-        bytes_per_token: Keys and values of one token of one sequence.
+        slots: Tokens it holds when full, spare ones included.
+        bytes_per_token: Keys and values of one token of one sequence; quantised, if it is no sink.
+        sinks: Slots that are the sinks'.
+        bytes_per_sink: Keys and values of a sink.
         state_bytes: Bytes that do not depend on the tokens, of one sequence.
     """
 
@@ -34,12 +36,15 @@ class LayerReport:
     positions: str
     slots: int
     bytes_per_token: int
+    sinks: int = 0
+    bytes_per_sink: int = 0
     state_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of a full cache for one sequence."""
-        return self.slots * self.bytes_per_token + self.state_bytes
+        ring = (self.slots - self.sinks) * self.bytes_per_token
+        return ring + self.sinks * self.bytes_per_sink + self.state_bytes
 
 
 def report_of(index: int, cache: Any) -> LayerReport:
@@ -50,15 +55,16 @@ def report_of(index: int, cache: Any) -> LayerReport:
         cache: A ring of ours, or a recurrent layer's cache of mlx-lm's.
     """
     if not isinstance(cache, SinkCache):
-        return LayerReport(index, "state", "-", "-", 0, 0, int(cache.nbytes))
-    rows = [a for a in (cache.keys, cache.values) if a is not None]
+        return LayerReport(index, "state", "-", "-", 0, 0, state_bytes=int(cache.nbytes))
     return LayerReport(
         index,
         _kind_of(cache),
         "model" if isinstance(cache, AlignedCache) else "mlx_sink",
         "none" if cache.rotation.is_identity else "rope",
         cache.ring.slots,
-        sum(a.shape[1] * a.shape[3] * a.itemsize for a in rows),
+        cache.bytes_per_token,
+        cache.ring.num_sinks,
+        cache.bytes_per_sink,
     )
 
 
@@ -87,8 +93,10 @@ class Report:
     def __str__(self) -> str:
         c = self.config
         lines = [
-            f"{self.model_type}: {c.num_sinks} sinks + window {c.window} = {c.capacity} tokens, "
-            f"{format_bytes(self.nbytes)} when full",
+            f"{self.model_type}: {c.num_sinks} sinks + window {c.window} = {c.capacity} tokens"
+            + f" + {c.rollback} spare slots" * (c.rollback > 0)
+            + _quantised(c)
+            + f", {format_bytes(self.nbytes)} when full",
             f"{'layers':>7}  {'cache':<11} {'attention':<9} {'positions':<9} {'slots':>7} "
             f"{'bytes/token':>12} {'bytes':>12}  which",
         ]
@@ -105,6 +113,14 @@ def _kind_of(cache: SinkCache) -> str:
     if cache.ring.chunked:
         return "chunk ring"
     return "sink ring" if cache.ring.num_sinks else "window ring"
+
+
+def _quantised(config: SinkConfig) -> str:
+    k, v = config.bits
+    if k is None:
+        return ""
+    bits = f"{k} bits" if k == v else f"{k} (keys) and {v} bits (values)"
+    return f", quantised to {bits} in groups of {config.kv_group_size}"
 
 
 def format_bytes(n: float) -> str:

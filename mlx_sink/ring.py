@@ -8,7 +8,7 @@ tokens (0..8)::
     token   0  1 | 6  7  8  5        token 5 is the oldest, 8 the newest
 
 With R = ``rollback`` spare slots the ring has W + R, and a token is overwritten R tokens later. A
-query sees the newest W all the same; the R before them are kept, in case tokens are taken back::
+query sees the newest W all the same; the R before those are kept for when tokens are taken back::
 
     slot    0  1 | 2  3  4  5  6     R = 1: token 4 is not seen, until 8 is taken back
     token   0  1 | 7  8  4  5  6
@@ -123,7 +123,7 @@ class Ring:
 
     @property
     def spare(self) -> int:
-        """Tokens that can be taken back: R at least, and all until something is overwritten."""
+        """How many tokens can be taken back: R; all, while nothing has been overwritten."""
         if self.tokens + self.taken_back <= self.slots:
             return self.tokens
         return self.rollback - self.taken_back

@@ -97,7 +97,7 @@ def save(
             "config": _config(loop.model),
             "position": loop.position,
             "recent": list(loop.recent),
-            "penalty_window": loop.recent.maxlen,
+            "penalty_window": loop.penalty_window,
             "caches": caches,
             "text": text,
             "note": dict(note),

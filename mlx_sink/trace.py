@@ -21,7 +21,7 @@ from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
 from mlx_sink.group import leaves
-from mlx_sink.hook import defining_modules
+from mlx_sink.hook import namespaces
 from mlx_sink.rope import RopeCall, Rotation
 
 
@@ -145,16 +145,17 @@ def _watching(model: nn.Module | None = None) -> Generator[None]:
 
     What other threads call goes through.
     """
-    places: list[tuple[Any, str, Callable[..., RopeCall]]] = [(mx.fast, "rope", _of_fast_rope)]
-    for module in [] if model is None else defining_modules(model):
-        places += [(module, name, of) for name, of in FUSED_ROPES.items() if hasattr(module, name)]
+    places: list[tuple[dict[str, Any], str, Callable[..., RopeCall]]] = []
+    places.append((mx.fast.__dict__, "rope", _of_fast_rope))
+    for names in [] if model is None else namespaces(model):
+        places += [(names, name, of) for name, of in FUSED_ROPES.items() if name in names]
     with _patching, ExitStack() as stack:
         stack.callback(_watch.stop)
         _watch.start()
         for place, name, of in places:
-            original = getattr(place, name)
-            setattr(place, name, _noted(original, of))
-            stack.callback(setattr, place, name, original)
+            original = place[name]
+            place[name] = _noted(original, of)
+            stack.callback(place.__setitem__, name, original)
         yield
 
 
@@ -185,10 +186,15 @@ def trace(model: nn.Module, caches: Sequence[Any], n: int) -> None:
         raise UnsupportedModelError(str(error)) from None
     except Exception as error:
         # A model that is not known yet may fail in any way.
-        line = (str(error).strip().splitlines() or [""])[0]
         raise UnsupportedModelError(
-            f"its forward pass fails with a bounded cache ({type(error).__name__}: {line})"
+            f"its forward pass fails with a bounded cache ({in_a_line(error)})"
         ) from None
+
+
+def in_a_line(error: Exception) -> str:
+    """Return the kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def watch(model: nn.Module, make: Callable[[], Sequence[Any]], farthest: int) -> list[list[Seen]]:
