@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
-
-import mlx.core as mx
+from typing import Any
 
 from mlx_sink import skeleton, work
 from mlx_sink.attach import attach, trained_context
-from mlx_sink.config import SinkConfig
-from mlx_sink.errors import UnsupportedModelError
-from mlx_sink.group import leaves
+from mlx_sink.config import BITS, SinkConfig
+from mlx_sink.errors import SinkError, UnsupportedModelError
 from mlx_sink.load import context_of
 from mlx_sink.report import LayerReport, Report
-from mlx_sink.trace import trace
 
 LENGTHS = (4 << 10, 32 << 10, 128 << 10, 1 << 20, 10 << 20)
 """Tokens of a stream."""
 
 MEMORIES = (8, 16, 24, 32, 64, 128, 192)
 """Memory of Macs, in units of 2^30 bytes."""
-
-BITS = (8, 4)
-GROUP_SIZE = 64
-"""Of quantised keys and values, as in mlx-lm."""
 
 NATIVE_STEP = 256
 """Tokens that mlx-lm's caches grow by; its chunked ones keep that much room for ever."""
@@ -43,15 +35,14 @@ class Costs:
     Attributes:
         report: Of sinks and window.
         per_key: From `work.per_key`; ``None`` where MLX cannot count it.
-        packed: For each number of bits, the bytes of a quantised token in each sink ring; those
-            of a model whose heads MLX does not quantise are left out.
+        quantised: The reports of rings in so many bits, or why they are refused.
         weights: Bytes of the parameters.
         read: Bytes of them that a token reads: of experts, those that are chosen.
     """
 
     report: Report
     per_key: dict[int | None, work.PerKey] | None
-    packed: dict[int, list[int]]
+    quantised: dict[int, Report | str]
     weights: int
     read: int
 
@@ -74,14 +65,17 @@ class Costs:
         """Return the bytes of our caches after so many tokens, full attention bounded."""
         return self._bytes(tokens, min(tokens, capacity))
 
-    def packed_bytes(self, tokens: int, bits: int) -> int | None:
-        """Return the bytes of quantised sink rings, whose sinks stay as they are."""
-        if bits not in self.packed:
+    def quantised_bytes(self, tokens: int, bits: int) -> int | None:
+        """Return the bytes of quantised rings; the sinks stay as they are."""
+        report = self.quantised[bits]
+        if isinstance(report, str):
             return None
-        kept = min(tokens, self.report.config.num_sinks)
-        rest = min(tokens, self.report.config.capacity) - kept
-        plain = self._bytes(tokens, kept)
-        return plain + rest * sum(self.packed[bits])
+        total = 0
+        for layer in report.layers:
+            sinks, held = min(tokens, layer.sinks), min(tokens, layer.slots)
+            total += sinks * layer.bytes_per_sink + (held - sinks) * layer.bytes_per_token
+            total += layer.state_bytes
+        return total
 
     def _bytes(self, tokens: int, in_rings: int) -> int:
         held = {"sink ring": in_rings, "state": 0}
@@ -131,6 +125,7 @@ def costs_of(model: Any, config: SinkConfig | None = None) -> Costs:
         UnsupportedModelError, ConfigError: As in `attach`.
     """
     report = attach(model, config)
+    quantised = {bits: _quantised(model, report.config, bits) for bits in BITS}
     weights = skeleton.weight_bytes(model)
     windows = {layer.slots for layer in report.layers if layer.cache in NATIVE}
     try:
@@ -138,29 +133,14 @@ def costs_of(model: Any, config: SinkConfig | None = None) -> Costs:
         read = work.step_of(model, work.after(model, 1), 1).read
     except UnsupportedModelError:
         per_key, read = None, weights
-    return Costs(report, per_key, _packed(model, report), weights, read)
+    return Costs(report, per_key, quantised, weights, read)
 
 
-def _packed(model: Any, report: Report) -> dict[int, list[int]]:
-    caches = model.make_cache()
-    trace(model, caches, 1)
-    rings = [
-        cache
-        for cache in leaves(caches)
-        if getattr(cache, "ring", None) and cache.ring.num_sinks and not cache.empty()
-    ]
-    if any(layer.attention != "mlx_sink" for layer in report.layers if layer.cache == "sink ring"):
-        return {}
-    rows = [[cast("mx.array", ring.keys), cast("mx.array", ring.values)] for ring in rings]
-    if not rows or any(a.shape[3] % GROUP_SIZE for pair in rows for a in pair):
-        return {}
-    return {bits: [sum(_packed_row(a, bits) for a in pair) for pair in rows] for bits in BITS}
-
-
-def _packed_row(a: mx.array, bits: int) -> int:
-    """Return the bytes of one token of rows ``[1, heads, n, dim]`` in MLX's affine layout."""
-    heads, dim = a.shape[1], a.shape[3]
-    return heads * (dim * bits // 8 + 2 * (dim // GROUP_SIZE) * a.itemsize)
+def _quantised(model: Any, config: SinkConfig, bits: int) -> Report | str:
+    try:
+        return attach(model, replace(config, kv_bits=bits))
+    except SinkError as error:
+        return str(error)
 
 
 def plan(
@@ -210,7 +190,7 @@ def plan(
             "full": [costs.full_bytes(n) for n in lengths],
             "window": [costs.bounded_bytes(n, config.window) for n in lengths],
             "sinks": [costs.bounded_bytes(n, capacity) for n in lengths],
-            **{f"sinks_{b}bit": [costs.packed_bytes(n, b) for n in lengths] for b in BITS},
+            **{f"sinks_{b}bit": [costs.quantised_bytes(n, b) for n in lengths] for b in BITS},
         },
         "decode_multiply_adds": {
             "full": [costs.decode_work(n) for n in lengths],
@@ -232,9 +212,8 @@ def _notes(read: dict[str, Any], costs: Costs) -> list[str]:
         notes.append("quantization_config is not followed: weights are counted unquantised")
     if costs.per_key is None:
         notes.append("MLX cannot count this model's multiply-adds; all experts count as read")
-    if not all(bits in costs.packed for bits in BITS):
-        notes.append(f"heads are not quantised in groups of {GROUP_SIZE}: no 8 and 4 bits")
-    return notes
+    reasons = {reason for reason in costs.quantised.values() if isinstance(reason, str)}
+    return notes + [f"no quantised rings: {reason}" for reason in sorted(reasons)]
 
 
 def working_set(gib: int) -> int:

@@ -130,16 +130,22 @@ def test_quantised_weights(tmp_path: Path):
     assert weight_bytes(build(read)) == weight_bytes(real)
 
 
-def test_quantised_rings_are_what_mlx_makes(tmp_path: Path):
-    path = written(tmp_path, "qwen3", {"head_dim": 64})
-    sizes = {"num_sinks": 4, "window": 60, "dtype": "float16", "lengths": [512]}
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "qwen3_next"])
+def test_quantised_rings_are_what_mlx_holds(name: str, tmp_path: Path):
+    path = written(tmp_path, name, {"head_dim": 64})
+    sizes = {"num_sinks": 4, "window": 60, "lengths": [512], "dtype": "float32"}
     found, _ = plan(str(path), **sizes)
-    layers, heads = len(found["report"]["layers"]), 2
+    model = tiny(name, head_dim=64)
     for bits in (8, 4):
-        parts = mx.quantize(mx.zeros((1, heads, 60, 64), mx.float16), group_size=64, bits=bits)
-        sinks = mx.zeros((1, heads, 4, 64), mx.float16).nbytes
-        held = layers * 2 * (sinks + sum(part.nbytes for part in parts))
+        attach(model, SinkConfig(4, 60, kv_bits=bits))
+        held = feed(model, model.make_cache(), 512)
         assert found["cache_bytes"][f"sinks_{bits}bit"] == [held]
+
+
+def test_says_why_rings_are_not_quantised(tmp_path: Path):
+    found, _ = plan(str(written(tmp_path, "qwen3", {})), window=60)
+    assert found["cache_bytes"]["sinks_8bit"] == [None] * 5
+    assert any(note.startswith("no quantised rings: ") for note in found["notes"])
 
 
 def test_nothing_is_computed():
