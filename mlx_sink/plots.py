@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_sink.errors import ConfigError
 from mlx_sink.files import write_whole
@@ -40,6 +41,11 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
+def check() -> None:
+    """Raise unless something can be drawn; errors as in `new_figure`."""
+    new_figure(1, 1)
+
+
 def check_path(path: Path) -> None:
     """Raise unless a plot can be written to such a name.
 
@@ -59,6 +65,29 @@ def save(figure: Any, path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, dpi=150, format=path.suffix.lower()[1:])
     write_whole(path, data.getvalue())
+
+
+INK = "#010203"
+"""Stands for the colour of the page's text."""
+
+
+def svg(figure: Any, salt: str) -> str:
+    """Return a figure as an SVG element to stand in a page, in the colours of its text.
+
+    Args:
+        figure: Drawn in `INK`.
+        salt: Keeps its names apart from those of other figures in the page.
+    """
+    import matplotlib
+
+    data = io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # Text stays text: a reader's program can read it, and the page is a third as long.
+    with cast("Any", matplotlib).rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure.savefig(data, format="svg", transparent=True, metadata=nothing)
+    text = data.getvalue().decode()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r' id="(?!m|p)[^"]*"', "", text)
 
 
 def plain(axes: Any) -> None:

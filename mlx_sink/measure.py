@@ -1,4 +1,4 @@
-"""What the measuring scripts share: the machine's description, paired timing, mlx-lm's caches."""
+"""What every measurement shares: the machine's description, times, and what is held."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 FAST_GFLOPS = 10.0
 """A core of this century reaches more than this with a tuned BLAS, and less with a plain one."""
+
+_evaluate: Callable[..., None] = cast("Any", mx).eval
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -35,15 +35,16 @@ def machine() -> dict[str, Any]:
         "matmul_gflops_float32": round(gflops, 1),
         "fast_blas": on_gpu or gflops > FAST_GFLOPS,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("mlx", "mlx-lm")},
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        **{name: metadata.version(name) for name in ("mlx-sink", "mlx", "mlx-lm")},
     }
 
 
 def matmul_gflops(n: int = 512) -> float:
     """Return the speed of a float32 matrix product: it tells a tuned BLAS from a plain one."""
     a = mx.random.normal((n, n), key=mx.random.key(0))
-    mx.eval(a @ a)
-    best = min(_timed(lambda: mx.eval(a @ a)).wall for _ in range(3))
+    _evaluate(a @ a)
+    best = min(timed(lambda: _evaluate(a @ a)).wall for _ in range(3))
     return 2 * n**3 / best / 1e9
 
 
@@ -106,25 +107,15 @@ def alternate(
     for i in range(-warmup, rounds):
         sides = [(ours, pair.ours), (theirs, pair.theirs)]
         for run, times in sides if i % 2 else reversed(sides):
-            side = _timed(run)
+            side = timed(run)
             if i >= 0:
                 times.append(side)
     return pair
 
 
-def rotating_caches(model: nn.Module, capacity: int, keep: int) -> list[RotatingKVCache]:
-    """Return mlx-lm's own bounded cache for every layer."""
-    return [RotatingKVCache(max_size=capacity, keep=keep) for _ in model.layers]
-
-
-def full_caches(model: nn.Module) -> list[KVCache]:
-    """Return mlx-lm's own growing cache for every layer."""
-    return [KVCache() for _ in model.layers]
-
-
 def evaluate_caches(caches: Sequence[Any]) -> None:
     """Finish what is pending on the caches, so that no later measurement pays for it."""
-    mx.eval([c.keys for c in caches], [c.values for c in caches])
+    _evaluate([cache.state for cache in caches])
 
 
 def as_json(result: dict[str, Any], indent: int | None = None) -> str:
@@ -141,13 +132,16 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _timed(run: Callable[[], object]) -> Side:
+def timed(run: Callable[[], object]) -> Side:
+    """Return how long a function runs."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return Side(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def _processor() -> str:
+    if mx.metal.is_available():
+        return str(cast("dict[str, Any]", cast("Any", mx).device_info()).get("device_name"))
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
