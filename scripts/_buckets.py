@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-NAMES = {
-    "full": "full attention",
-    "rotating": "mlx-lm RotatingKVCache",
-    "window": "window, no sinks",
-    "recompute": "recompute (sampled)",
-    "ours": "mlx_sink",
-}
+from mlx_sink.arms import NAMES
+from mlx_sink.losses import by_position, figures
+from mlx_sink.units import short
+
 # A palette that people with any colour vision can tell apart (Okabe and Ito, 2008).
 STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#999999"},
@@ -54,24 +50,6 @@ def summary(losses: np.ndarray, positions: np.ndarray, edges: list[int]) -> dict
 def curve_edges(tokens: int, points: int) -> list[int]:
     """Return the edges of even buckets."""
     return sorted({round(tokens * i / points) for i in range(points + 1)})
-
-
-def by_position(
-    losses: np.ndarray, positions: np.ndarray, edges: list[int]
-) -> list[dict[str, Any]]:
-    """Return the figures of each bucket that has any tokens."""
-    rows: list[dict[str, Any]] = []
-    for low, high in pairwise(edges):
-        inside = (positions >= low) & (positions < high)
-        if inside.any():
-            rows.append({"from": low, "to": high} | figures(losses[:, inside]))
-    return rows
-
-
-def figures(losses: np.ndarray) -> dict[str, Any]:
-    """Return count, mean loss in nats and perplexity."""
-    loss = float(losses.mean(dtype=np.float64))
-    return {"count": losses.size, "loss": loss, "perplexity": math.exp(loss)}
 
 
 def same_tokens(ours: np.ndarray, oracle: np.ndarray) -> dict[str, Any]:
@@ -113,14 +91,6 @@ def table(result: dict[str, Any]) -> str:
             f"{same['ours']:.4f}, recompute {same['recompute']:.4f}, ratio {same['ratio']:.4f}"
         )
     return "\n".join(lines)
-
-
-def short(n: int) -> str:
-    """Write a position as people say it: 4K, 1M."""
-    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
-        if n and n % size == 0:
-            return f"{n // size}{unit}"
-    return str(n)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

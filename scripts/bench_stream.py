@@ -20,22 +20,22 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from _measure import (
+from mlx_lm.models import llama
+from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.cache import RotatingKVCache
+
+from mlx_sink import SinkCache, SinkConfig, SinkError, attach
+from mlx_sink.arms import rotating_caches
+from mlx_sink.attention import sink_attention
+from mlx_sink.measure import (
     DTYPES,
     alternate,
     as_json,
     describe,
     evaluate_caches,
     machine,
-    rotating_caches,
     say,
 )
-from mlx_lm.models import llama
-from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import RotatingKVCache
-
-from mlx_sink import SinkCache, SinkConfig, SinkError, attach
-from mlx_sink.attention import sink_attention
 
 SECTIONS = ("position", "decode", "prefill", "bytes")
 EARLY = 2048

@@ -19,31 +19,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from _buckets import bucket_edges, plot, same_tokens, summary, table
-from _measure import (
-    DTYPES,
-    as_json,
-    describe,
-    evaluate_caches,
-    full_caches,
-    machine,
-    rotating_caches,
-    say,
-)
 from tqdm import tqdm
 
-from mlx_sink import SinkConfig, SinkError, attach, load
+from mlx_sink import SinkConfig, SinkError, load
+from mlx_sink.arms import caches_of
+from mlx_sink.losses import chunk_losses, cut, recompute
+from mlx_sink.measure import DTYPES, as_json, describe, machine, say
 
 ARMS = ("full", "rotating", "window", "recompute", "ours")
-RECOMPUTE_LOGITS = 1 << 26
-"""Logits that the oracle computes at once: a model returns those of every token it is fed."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer = load(args.model, config)
         if args.dtype:
             model.set_dtype(DTYPES[args.dtype])
-        inputs, targets = cut(tokenize(tokenizer, args.text, args.separator), tokenizer, args)
+        ids = tokenize(tokenizer, args.text, args.separator)
+        inputs, targets = cut(ids, tokenizer.bos_token_id, args.streams, args.tokens)
         result = measure(model, config, inputs, targets, args)
         text = as_json(result, indent=1) + "\n"
         if args.json:
@@ -102,28 +92,6 @@ def tokenize(tokenizer: Any, path: Path, separator: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def cut(ids: list[int], tokenizer: Any, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Cut tokens into streams, and return what is fed and what is to be predicted.
-
-    Returns:
-        Two arrays ``[streams, tokens]``: position i predicts the token fed at i + 1.
-
-    Raises:
-        SinkError: The text has too few tokens.
-    """
-    bos = tokenizer.bos_token_id
-    room = (len(ids) - (bos is None)) // args.streams
-    n = room if args.tokens is None else args.tokens
-    if not 1 <= n <= room:
-        raise SinkError(f"the text has {room} tokens for each of {args.streams} streams, not {n}")
-    body = np.array(ids[: args.streams * n + (bos is None)], np.int32)
-    if bos is None:
-        return body[:-1].reshape(-1, n), body[1:].reshape(-1, n)
-    targets = body.reshape(-1, n)
-    first = np.full((args.streams, 1), bos, np.int32)
-    return np.concatenate([first, targets[:, :-1]], axis=1), targets
-
-
 def measure(
     model: nn.Module,
     config: SinkConfig,
@@ -144,7 +112,9 @@ def measure(
         start = time.perf_counter()
         if name == "recompute":
             positions = sampled
-            losses[name] = recompute(model, config, inputs, targets, sampled)
+            steps = recompute(model, config, inputs, targets, sampled)
+            seen = tqdm(steps, desc=name, unit="pos", total=len(sampled))
+            losses[name] = np.stack(list(seen), axis=1)
         else:
             stop = args.full_tokens if name == "full" else None
             losses[name] = stream(model, config, name, inputs[:, :stop], targets[:, :stop], args)
@@ -168,13 +138,7 @@ def stream(
     args: argparse.Namespace,
 ) -> np.ndarray:
     """Return the loss of every token in nats, ``[streams, tokens]``, over one kind of cache."""
-    if arm == "full":
-        caches: list[Any] = full_caches(model)
-    elif arm == "rotating":
-        caches = rotating_caches(model, config.capacity, config.num_sinks)
-    else:
-        attach(model, config if arm == "ours" else SinkConfig(0, config.capacity))
-        caches = model.make_cache()
+    caches = caches_of(arm, model, config)
     chunk = args.rotating_chunk if arm == "rotating" else args.chunk
     losses = np.empty(inputs.shape, np.float32)
     with tqdm(total=inputs.size, desc=arm, unit="tok", unit_scale=True) as progress:
@@ -182,45 +146,6 @@ def stream(
             losses[:, i : i + part.shape[1]] = part
             progress.update(part.size)
     return losses
-
-
-def chunk_losses(
-    model: nn.Module, caches: list[Any], inputs: np.ndarray, targets: np.ndarray, chunk: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Feed streams in chunks and yield where each began and its losses; logits are not kept."""
-    for i in range(0, inputs.shape[1], chunk):
-        logits = model(mx.array(inputs[:, i : i + chunk]), cache=caches)
-        losses = cross_entropy(logits, mx.array(targets[:, i : i + chunk]))
-        mx.eval(losses)
-        # Rows written by the last chunk may still be pending when its losses are there.
-        evaluate_caches(caches)
-        yield i, np.array(losses)
-
-
-def recompute(
-    model: nn.Module,
-    config: SinkConfig,
-    inputs: np.ndarray,
-    targets: np.ndarray,
-    sampled: np.ndarray,
-) -> np.ndarray:
-    """Return the losses of sampled tokens from a plain model fed only what each may see."""
-    streams, capacity, S = inputs.shape[0], config.capacity, config.num_sinks
-    losses = np.empty((streams, len(sampled)), np.float32)
-    vocab = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-    for j, t in enumerate(tqdm(sampled, desc="recompute", unit="pos")):
-        recent = np.arange(max(S, t - config.window + 1), t + 1)
-        seen = inputs[:, np.concatenate([np.arange(min(S, t + 1)), recent])]
-        rows = max(1, RECOMPUTE_LOGITS // (capacity * vocab))
-        for i in range(0, streams, rows):
-            logits = model(mx.array(seen[i : i + rows]))[:, -1]
-            losses[i : i + rows, j] = cross_entropy(logits, mx.array(targets[i : i + rows, t]))
-    return losses
-
-
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Return the loss of each target in nats."""
-    return nn.losses.cross_entropy(logits.astype(mx.float32), targets)
 
 
 if __name__ == "__main__":
