@@ -20,7 +20,7 @@ from mlx_lm.models.llama import ModelArgs
 from mlx_sink import SinkConfig, UnsupportedModelError, attach
 from mlx_sink.hook import hook
 from mlx_sink.rope import RopeCall, Rotation
-from mlx_sink.trace import Seen, WatchedCache, rope_call, watch
+from mlx_sink.trace import Seen, WatchedCache, _watch, rope_call, watch
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 ROPE = mx.fast.rope
@@ -227,6 +227,8 @@ def test_rope_is_what_it_was_afterwards(kind: type[Attention]):
     else:
         assert kind is Attention
     assert mx.fast.rope is ROPE
+    assert _watch.calls is None, "the arrays of a forward pass are held"
+    assert _watch.last is None
 
 
 def test_functions_with_a_rotation_inside_are_restored_too():
