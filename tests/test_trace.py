@@ -121,6 +121,22 @@ def test_each_layer_has_its_own():
         assert [base_of(layer) for layer in seen] == [10.0, 20.0, None, 40.0]
 
 
+class QueriesLater(Attention):
+    """Rotates the queries once the keys are in; every other layer has no positions."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        k, v = cache.update_and_fetch(k, v)
+        return self.multiply(q if self.layer % 2 else 1.0 * self.rope(q), k, v, mask, cache)
+
+    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
+        return q, k if self.layer % 2 else 1.0 * self.rope(k, offset=position)
+
+
+def test_queries_that_are_rotated_later_are_of_their_own_layer():
+    for seen in seen_of(QueriesLater, layers=4):
+        assert [base_of(layer) for layer in seen] == [100.0, None, 100.0, None]
+
+
 def test_a_layer_with_two_embeddings_is_refused():
     with pytest.raises(UnsupportedModelError, match="more than one position embedding"):
         seen_of(made_up.TwoRopes)
