@@ -24,7 +24,7 @@ import mlx.core as mx
 
 from mlx_sink import reference
 from mlx_sink.errors import ConfigError, KernelError
-from mlx_sink.kernels import decode, source
+from mlx_sink.kernels import arguments, decode, source
 from mlx_sink.ring import Layout, Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
 
@@ -119,7 +119,7 @@ def serves(
     dtype, (_, H, n, D), n_kv = queries.dtype, queries.shape, keys.shape[1]
     if D % 16 or values.shape[3] % 16 or 16 * n_kv < H:
         return False
-    if dtype not in decode.DTYPES or keys.dtype != dtype or values.dtype != dtype:
+    if dtype not in arguments.DTYPES or keys.dtype != dtype or values.dtype != dtype:
         return False
     return _is_trusted(
         Specialisation(
