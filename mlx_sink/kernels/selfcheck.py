@@ -15,6 +15,7 @@ import os
 import platform
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ import mlx.core as mx
 
 from mlx_sink import reference
 from mlx_sink.errors import ConfigError, KernelError
-from mlx_sink.kernels import arguments, decode, source
+from mlx_sink.kernels import arguments, decode, prefill, source
 from mlx_sink.ring import Layout, Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
 
@@ -37,13 +38,13 @@ FOLDER = "MLX_SINK_CACHE"
 TOLERANCES = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 """Largest error in units of the largest output: rounding of the result, and fast::exp2."""
 
-_RINGS = (
+RINGS = (
     Ring(num_sinks=4, window=203, epoch=1000, tokens=741),
     Ring(num_sinks=4, window=203, epoch=300, tokens=660, start=600, previous=300),
 )
 """One ring has wrapped in its first epoch; the window of the other spans two epochs."""
 
-_SOFTCAP = 2.0
+SOFTCAP = 2.0
 """The size of a typical score."""
 _LOGIT = 6.5
 """Mean of the learned logits, about that of the logarithm of the sum of the keys' weights."""
@@ -66,14 +67,25 @@ class Specialisation:
     @property
     def name(self) -> str:
         """One word that tells it from all others."""
-        dtype = str(self.dtype).rpartition(".")[2]
-        pairs = "interleaved" if self.interleaved else "halves"
-        dims = f"d{self.head_dim}" + (
-            "" if self.v_head_dim == self.head_dim else f"v{self.v_head_dim}"
-        )
-        options = "-softcap" * self.softcap + "-learned" * self.learned_sinks
-        rows = f"gqa{self.group}-n{self.n}"
-        return f"decode-{dtype}-{dims}-{rows}-rope{self.rotated}-{pairs}{options}"
+        rows = f"gqa{self.group}-n{self.n}-"
+        heads, pairs = (self.head_dim, self.v_head_dim), (self.rotated, self.interleaved)
+        options = self.softcap, self.learned_sinks
+        return name_of(f"decode-{self.dtype}", heads, rows, pairs, options)
+
+
+def name_of(
+    kernel: str,
+    heads: tuple[int, int],
+    rows: str,
+    rotation: tuple[int, bool],
+    options: tuple[bool, bool],
+) -> str:
+    """Put a specialisation in one word: ``decode-float16-d64-gqa4-n1-rope64-halves-softcap``."""
+    head_dim, v_head_dim = heads
+    dims = f"d{head_dim}" + ("" if v_head_dim == head_dim else f"v{v_head_dim}")
+    pairs = "interleaved" if rotation[1] else "halves"
+    extras = "-softcap" * options[0] + "-learned" * options[1]
+    return f"{kernel.replace('mlx.core.', '')}-{dims}-{rows}rope{rotation[0]}-{pairs}{extras}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +96,14 @@ class Verdict:
         passed: The kernel may serve.
         error: Largest error in units of the largest output; None if nothing could be compared.
         reason: Why it may not serve, or empty.
+        speedup: How many times faster it is here than the plain operations; None for a kernel
+            that serves without having been timed.
     """
 
     passed: bool
     error: float | None
     reason: str
+    speedup: float | None = None
 
 
 def serves(
@@ -143,15 +158,23 @@ def is_wanted() -> bool:
 
 @functools.cache
 def _is_trusted(spec: Specialisation) -> bool:
-    """Return the verdict's word; say once why a kernel does not serve."""
-    verdict = verdict_of(spec)
+    """Tell whether a kernel serves; say once why one does not."""
+    return accepts(spec.name, verdict_of(spec))
+
+
+def accepts(name: str, verdict: Verdict) -> bool:
+    """Return the verdict's word; warn of a kernel that may not serve.
+
+    Raises:
+        KernelError: It may not serve, and `SWITCH` is ``on``.
+    """
     if verdict.passed:
         return True
-    message = f"the kernel {spec.name} is not used on this machine: {verdict.reason}"
+    message = f"the kernel {name} is not used on this machine: {verdict.reason}"
     if os.environ.get(SWITCH) == "on":
         raise KernelError(message)
     warnings.warn(
-        f"{message}. Results stay right, decoding is slower. Please report this with the output "
+        f"{message}. Results stay right, and come more slowly. Please report this with the output "
         "of `python -m mlx_sink.doctor`.",
         RuntimeWarning,
         stacklevel=2,
@@ -161,38 +184,39 @@ def _is_trusted(spec: Specialisation) -> bool:
 
 def verdict_of(spec: Specialisation) -> Verdict:
     """Return the verdict on a specialisation on this machine: the one kept, or a new one."""
-    path = folder() / f"{_key(spec)}.json"
+    return recall(spec.name, lambda: check(spec))
+
+
+def recall(name: str, make: Callable[[], Verdict]) -> Verdict:
+    """Return the verdict kept under a kernel's name for this machine, or make and keep one."""
+    path = folder() / f"{_key(name)}.json"
     verdict = _read(path)
     if verdict is None:
-        verdict = check(spec)
-        _write(path, spec, verdict)
+        verdict = make()
+        _write(path, name, verdict)
     return verdict
 
 
 def check(spec: Specialisation) -> Verdict:
     """Run a specialisation, with one split and with several, and compare it with `reference`."""
-    random = mx.random.key(0)
-    heads, rows, B = 2, max(ring.capacity for ring in _RINGS) + spec.n, len(_RINGS)
-    shapes = (
+    heads, rows, B = 2, max(ring.capacity for ring in RINGS) + spec.n, len(RINGS)
+    q, k, v = normals(
         (B, heads * spec.group, spec.n, spec.head_dim),
         (B, heads, rows, spec.head_dim),
         (B, heads, rows, spec.v_head_dim),
+        dtype=spec.dtype,
     )
-    keys = mx.random.split(random, 3)
-    q, k, v = (
-        mx.random.normal(shape, key=key, stream=mx.cpu).astype(spec.dtype, stream=mx.cpu)
-        for shape, key in zip(shapes, keys, strict=True)
-    )
-    rotation = _rotation(spec)
-    layouts = [layout_of(ring, spec.n) for ring in _RINGS]
+    rotation = rotation_of(spec.rotated, spec.interleaved)
+    layouts = [layout_of(ring, spec.n) for ring in RINGS]
     tables = decode.Tables.stack(
         [decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation) for a in layouts]
     )
     scale = 2.0 * spec.head_dim**-0.5
-    cap, logits = _SOFTCAP if spec.softcap else None, _logits(spec, heads)
+    cap = SOFTCAP if spec.softcap else None
+    logits = logits_of(heads * spec.group) if spec.learned_sinks else None
     error = 0.0
     try:
-        wanted = _wanted(q, k, v, layouts, rotation, scale, cap, logits)
+        wanted = by_reference(q, k, v, layouts, rotation, scale, cap, logits)
         for splits in (1, 3):
             out = decode.decode(
                 *(q, k, v, tables),
@@ -201,40 +225,60 @@ def check(spec: Specialisation) -> Verdict:
                 learned_sinks=logits,
                 splits=splits,
             )
-            error = max(error, _error(out, wanted))
+            error = max(error, error_of(out, wanted))
     except (RuntimeError, ValueError) as failure:
-        lines = [line for line in str(failure).splitlines() if line.strip()]
-        return Verdict(False, None, f"it failed to run ({' '.join(lines[:3])[:300]})")
-    if not error <= TOLERANCES[spec.dtype]:
+        return failed(failure)
+    return judged(error, spec.dtype)
+
+
+def failed(failure: Exception) -> Verdict:
+    """Return the verdict on a kernel that could not be run."""
+    lines = [line for line in str(failure).splitlines() if line.strip()]
+    return Verdict(False, None, f"it failed to run ({' '.join(lines[:3])[:300]})")
+
+
+def judged(error: float, dtype: mx.Dtype) -> Verdict:
+    """Return the verdict on a kernel that was off by so much, in units of the largest output."""
+    if not error <= TOLERANCES[dtype]:
         return Verdict(False, error, f"its results are off by {error:.2g}")
     return Verdict(True, error, "")
 
 
-def _rotation(spec: Specialisation) -> Rotation:
-    pairs = spec.rotated // 2
-    frequencies = [100.0 ** -(i / max(pairs, 1)) for i in range(pairs)]
-    return Rotation(frequencies, spec.interleaved)
+def normals(*shapes: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
+    """Return the same random arrays every time."""
+    keys = mx.random.split(mx.random.key(0), len(shapes))
+    return [
+        mx.random.normal(shape, key=key, stream=mx.cpu).astype(dtype, stream=mx.cpu)
+        for shape, key in zip(shapes, keys, strict=True)
+    ]
 
 
-def _logits(spec: Specialisation, heads: int) -> mx.array | None:
+def rotation_of(rotated: int, interleaved: bool) -> Rotation:
+    """Return a rotary embedding in which a wrong turn shows at once."""
+    pairs = rotated // 2
+    return Rotation([100.0 ** -(i / max(pairs, 1)) for i in range(pairs)], interleaved)
+
+
+def logits_of(n_heads: int) -> mx.array:
     """Return logits that weigh about as much as all keys together: small ones would not show."""
-    if not spec.learned_sinks:
-        return None
-    shape, key = (heads * spec.group,), mx.random.key(1)
-    return mx.random.normal(shape, loc=_LOGIT, key=key, stream=mx.cpu)
+    return mx.random.normal((n_heads,), loc=_LOGIT, key=mx.random.key(1), stream=mx.cpu)
 
 
-def _wanted(
+def by_reference(
     q: mx.array,
     k: mx.array,
     v: mx.array,
-    layouts: list[Layout],
+    layouts: Sequence[Layout],
     rotation: Rotation,
     scale: float,
     cap: float | None,
     logits: mx.array | None,
 ) -> mx.array:
-    """Work out in float32 and on the CPU, where matrix products are not cut to TF32."""
+    """Work out what a kernel must give, in float32 and on the CPU.
+
+    There matrix products are not cut to TF32. Arguments as those of a kernel, and the layout of
+    each sequence.
+    """
     outputs: list[mx.array] = []
     with mx.stream(mx.cpu):
         for b, layout in enumerate(layouts):
@@ -254,7 +298,8 @@ def _wanted(
         return mx.concatenate(outputs)
 
 
-def _error(out: mx.array, wanted: mx.array) -> float:
+def error_of(out: mx.array, wanted: mx.array) -> float:
+    """Return the largest error in units of the largest output."""
     with mx.stream(mx.cpu):
         off = mx.abs(out.astype(mx.float32) - wanted).max() / mx.abs(wanted).max()
         return cast("float", off.item())
@@ -263,6 +308,7 @@ def _error(out: mx.array, wanted: mx.array) -> float:
 def forget() -> None:
     """Forget what this process has settled: tests change the machine under it."""
     decode.forget()
+    prefill.forget()
     is_wanted.cache_clear()
     _is_trusted.cache_clear()
 
@@ -276,7 +322,7 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "mlx": version("mlx"),
         "backend": source.backend(),
-        "text": source.stamp(*decode.TEXTS),
+        "text": source.stamp(*decode.TEXTS, *prefill.TEXTS),
     }
 
 
@@ -290,23 +336,25 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_sink"
 
 
-def _key(spec: Specialisation) -> str:
+def _key(name: str) -> str:
     parts = json.dumps(machine(), sort_keys=True)
-    return f"{spec.name}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+    return f"{name}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
 def _read(path: Path) -> Verdict | None:
     """Return a verdict that was kept; a file that cannot be read is as good as none."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return Verdict(bool(kept["passed"]), kept["error"], str(kept["reason"]))
+        return Verdict(
+            bool(kept["passed"]), kept["error"], str(kept["reason"]), kept.get("speedup")
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write(path: Path, spec: Specialisation, verdict: Verdict) -> None:
+def _write(path: Path, name: str, verdict: Verdict) -> None:
     """Keep a verdict. The file appears whole or not at all, as processes may check at once."""
-    text = json.dumps({"kernel": spec.name, **machine(), **asdict(verdict)}, indent=1)
+    text = json.dumps({"kernel": name, **machine(), **asdict(verdict)}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
