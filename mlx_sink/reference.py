@@ -43,19 +43,19 @@ class Turned:
     """
 
     def __init__(self, queries: mx.array, layout: Layout, rotation: Rotation, scale: float):
-        self._layout, self._rotation = layout, rotation
-        self._under = {Turn.NONE: queries * scale}
+        self._queries, self._layout = queries, layout
+        self._rotation, self._scale = rotation, scale
+        self._under: dict[Turn, mx.array] = {}
 
     def under(self, turn: Turn) -> mx.array:
         """Return all queries under a turn."""
-        still = self._under[Turn.NONE]
         if turn not in self._under:
-            layout, key = self._layout, (self._layout, turn)
-            self._under[turn] = (
-                still
-                if self._rotation.is_identity
-                else self._rotation.turn(still, layout.turns(turn), key=key)
-            )
+            if turn is Turn.NONE or self._rotation.is_identity:
+                self._under[turn] = self._queries * self._scale
+            else:
+                positions, key = self._layout.turns(turn), (self._layout, turn)
+                still = self.under(Turn.NONE)
+                self._under[turn] = self._rotation.turn(still, positions, key=key)
         return self._under[turn]
 
     def of(self, block: Block) -> dict[Turn, mx.array]:

@@ -1,6 +1,6 @@
-"""Plant mistakes in the decode kernel's text, one at a time, and see that the tests notice each.
+"""Plant mistakes in the kernels' text, one at a time, and see that the tests notice each.
 
-A test set that no mistake can pass is what the kernel's claim to be right rests on. Prints what
+A test set that no mistake can pass is what a kernel's claim to be right rests on. Prints what
 killed each mutant, and ends with status 1 if one survived.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import _prefill_mutations
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TESTS = ROOT / "tests" / "test_kernel_decode.py"
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
@@ -31,6 +31,7 @@ class Mutation:
         good: A part of it, comments out, that occurs once.
         bad: What takes its place.
         tests: Which tests are to notice, as pytest's ``-k`` says it.
+        kernel: The kernel whose tests they are.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Mutation:
     good: str
     bad: str
     tests: str
+    kernel: str = "decode"
 
     def applied(self, text: str) -> str:
         """Return the text with the mistake.
@@ -137,6 +139,7 @@ MUTATIONS = [
              "queries"),
 ]
 # fmt: on
+MUTATIONS += [Mutation(*m, kernel="prefill") for m in _prefill_mutations.MUTATIONS]
 
 
 class _Outcome:
@@ -156,7 +159,7 @@ class _Outcome:
 
 
 def outcome_of(mutation: Mutation | None, tests: str) -> _Outcome:
-    """Run the kernel's tests on a changed text until one fails."""
+    """Run a kernel's tests on a changed text until one fails."""
     from mlx_sink.kernels import source
 
     text = source.text
@@ -170,7 +173,9 @@ def outcome_of(mutation: Mutation | None, tests: str) -> _Outcome:
         patch.setattr(source, "text", planted)
         quiet = ["-x", "-qq", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
         quiet += ["-p", "no:terminalreporter"]
-        pytest.main([str(TESTS), "-k", tests, *quiet], plugins=[outcome])
+        kernel = mutation.kernel if mutation else "decode"
+        file = ROOT / "tests" / f"test_kernel_{kernel}.py"
+        pytest.main([str(file), "-k", tests, *quiet], plugins=[outcome])
     return outcome
 
 

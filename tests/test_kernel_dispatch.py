@@ -25,7 +25,7 @@ from mlx_sink.attention import sink_attention
 from mlx_sink.errors import ConfigError, KernelError
 from mlx_sink.generate import main
 from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import selfcheck, source
+from mlx_sink.kernels import prefillcheck, selfcheck, source
 from mlx_sink.ring import Ring, layout_of
 from mlx_sink.rope import Rotation
 
@@ -38,9 +38,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing settled before, and verdicts kept in a folder of the test's own."""
     monkeypatch.delenv(selfcheck.SWITCH, raising=False)
     monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path / "verdicts"))
-    selfcheck.forget()
+    prefillcheck.forget()
     yield
-    selfcheck.forget()
+    prefillcheck.forget()
 
 
 class Runner(host_metal.HostKernel):
@@ -57,8 +57,9 @@ class Runner(host_metal.HostKernel):
 
 @pytest.fixture
 def metal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with Metal, whose GPU is the runner."""
+    """A machine with Metal, whose GPU is the runner, and on which the prefill kernel is slow."""
     monkeypatch.setattr(mx.fast, "metal_kernel", Runner)
+    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 0.5)
     monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
 
