@@ -68,8 +68,8 @@ for (int i = 0; i < 8; ++i) {
     break;
   }
   if (range[2] != turn) {
+    // Nobody reads the queries any more: two barriers have passed since the last scores.
     turn = range[2];
-    threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int c = mine; c < BQ * D / 4; c += 32 * SG) {
       const int row = c / (D / 4);
       const int dim = c % (D / 4) * 4;

@@ -270,6 +270,16 @@ def test_products_are_near_the_least(window: int, tokens: str):
     assert found.fragments <= found.tiles <= found.mask * 1.05
 
 
+def test_a_whole_chunk():
+    """2,048 tokens, for which the docs say what is multiplied, as they are."""
+    from count_prefill import count, wrapped
+
+    case = Case((wrapped(4, 256),), mx.float16, 16, n_kv=1, group=1, n=2048)
+    check(case)
+    (layout,) = case.layouts
+    assert report().fragment_products == count(layout).fragments // 64 * 4
+
+
 def test_the_script_prints_its_table(capsys: pytest.CaptureFixture[str]):
     import count_prefill
 
