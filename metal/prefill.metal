@@ -85,7 +85,6 @@ for (int i = 0; i < 8; ++i) {
     }
   }
   Sight sight;
-  sight.edge = true;
   sight.reach = range[4];
   for (int at = 0; at < length; at += BK) {
     const int n = min(BK, length - at);
