@@ -9,11 +9,13 @@ import mlx.core as mx
 from mlx_sink import reference
 from mlx_sink.kernels import prefillcheck, selfcheck
 from mlx_sink.kernels.decode import MAX_QUERIES, decode, fits, tables_of
+from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.prefill import prefill
 from mlx_sink.kernels.prefill import tables_of as prefill_tables_of
 from mlx_sink.reference import BLOCK
 from mlx_sink.ring import Block, Layout, Turn, blocks_of
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import Packed
 
 STILL = frozenset([Turn.NONE])
 
@@ -28,6 +30,7 @@ def sink_attention(
     scale: float,
     softcap: float | None = None,
     learned_sinks: mx.array | None = None,
+    packed: tuple[Packed, Packed] | None = None,
 ) -> mx.array:
     """Attend from new tokens to the sinks and the window, at StreamingLLM's distances.
 
@@ -45,21 +48,27 @@ def sink_attention(
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the softmax (Gemma 2).
         learned_sinks: A logit a head, ``[n_heads]``, that takes its share of the softmax and has
             no value (gpt-oss).
+        packed: The same keys and values as they are held, if quantised.
 
     Returns:
         ``[B, n_heads, L, v_head_dim]``.
 
     Rule, for blocks of the call's queries:
 
-    1. No key of the block needs a turn (before the first wrap, without sinks, or in a layer
+    1. Quantised keys and values, and a call of at most 8 tokens whose keys lie in at most 8
+       ranges (`kernels.decode.fits`): the kernel `kernels.decode_packed`, if it has passed its
+       check on this machine (`kernels.selfcheck.serves`). Elsewhere they are expanded first, and
+       then are as any others.
+    2. No key of the block needs a turn (before the first wrap, without sinks, or in a layer
        without positions), and no score is capped: MLX's fused attention.
-    2. A call of at most 8 tokens whose keys lie in at most 8 ranges (`kernels.decode.fits`): the
-       kernel `kernels.decode`, if it has passed its check on this machine, for as many tokens
-       (`kernels.selfcheck.serves`).
-    3. A longer call: the kernel `kernels.prefill`, for all its blocks together, if it has passed
+    3. Such a short call: the kernel `kernels.decode`, if it has passed its check on this machine,
+       for as many tokens.
+    4. A longer call: the kernel `kernels.prefill`, for all its blocks together, if it has passed
        its check on this machine and was faster there than the plain operations
-       (`kernels.prefillcheck.serves`).
-    4. Everything else: the plain operations, `reference.attend`.
+       (`kernels.prefillcheck.serves`). It knows no chunked attention (Llama 4).
+    5. Everything else: the plain operations, `reference.attend`.
+
+    The kernels serve heads that begin with the rotated dimensions.
     """
     start, window = layout.ring.tokens, layout.ring.window
     options: reference.Extras = {"softcap": softcap, "learned_sinks": learned_sinks}
@@ -74,21 +83,32 @@ def sink_attention(
 
     def attend(block: Block) -> mx.array:
         q = rows(block.first, block.last)
+        if (
+            packed is not None
+            and rotation.start == 0
+            and fits(layout, block, packed=True)
+            and selfcheck.serves(q, keys, values, rotation, packed=packed, **options)
+        ):
+            tables = tables_of(layout, block, rotation, packed=True)
+            return decode_packed(q, *packed, tables, scale=scale, **options)
         if is_still(block):
             return reference.attend_fused(q, keys, values, block, window, scale, learned_sinks)
-        if fits(layout, block) and selfcheck.serves(q, keys, values, rotation, **options):
+        if (
+            rotation.start == 0
+            and fits(layout, block)
+            and selfcheck.serves(q, keys, values, rotation, **options)
+        ):
             tables = tables_of(layout, block, rotation)
             return decode(q, keys, values, tables, scale=scale, **options)
         return reference.attend(turned.of(block), keys, values, block, window, **options)
 
+    is_chunk = layout.n > MAX_QUERIES and rotation.start == 0 and not layout.ring.chunked
     outputs: list[mx.array] = []
     for still, group in groupby(blocks_of(layout, BLOCK), is_still):
         blocks = list(group)
-        tile = (
-            None
-            if still or layout.n <= MAX_QUERIES
-            else prefillcheck.serves(queries, keys, values, rotation, **options)
-        )
+        tile = None
+        if is_chunk and not still:
+            tile = prefillcheck.serves(queries, keys, values, rotation, **options)
         if tile is None:
             outputs += map(attend, blocks)
             continue

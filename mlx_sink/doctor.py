@@ -2,6 +2,8 @@
 
 Checks every common specialisation anew, whatever verdict was kept, and times one decode step of
 one attention layer, and on Metal a chunk that is read. Without Metal it times what serves there.
+What use has found about other specialisations (learned sinks, unusual heads) is in the verdicts
+that were kept, which it lists.
 """
 
 from __future__ import annotations
@@ -144,7 +146,8 @@ def examine(
 
     Returns:
         A JSON-ready dictionary: ``machine``, ``metal``, ``backend`` (``metal``, ``cuda`` or
-        empty), ``ring``, a list of ``kernels`` and one for ``prefill`` (`examine_prefill`).
+        empty), ``ring``, a list of ``kernels`` and one for ``prefill`` (`examine_prefill`), and
+        the verdicts ``kept`` from use.
     """
     available = source.is_available()
     kernels: list[dict[str, Any]] = []
@@ -172,6 +175,7 @@ def examine(
         "ring": {**config.to_dict(), "n_kv_heads": N_KV_HEADS},
         "kernels": kernels,
         "prefill": examine_prefill(dtypes, head_dims),
+        "kept": selfcheck.kept() if available else [],
     }
 
 
@@ -247,6 +251,10 @@ def as_text(found: dict[str, Any]) -> str:
         if row["passed"] is False:
             lines.append(f"    {row['reason']}")
     lines += _prefill_lines(found["prefill"])
+    if found["kept"]:
+        wrong = [row for row in found["kept"] if not row["passed"]]
+        lines.append(f"verdicts kept from use: {len(found['kept'])}, {len(wrong)} of them WRONG")
+        lines += [f"{row['kernel']}\n    {row['reason']}" for row in wrong]
     return "\n".join(lines) + "\n"
 
 

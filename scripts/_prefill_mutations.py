@@ -1,7 +1,8 @@
 """Mistakes to plant in the prefill kernel's text: data of `mutate_kernel`.
 
 Each is what it is in words, the file, a part of its text that occurs once, what takes its place,
-and which tests of ``test_kernel_prefill.py`` are to notice.
+which tests of ``test_kernel_prefill.py`` are to
+notice; then, if not wrong numbers tell, what the runner must call it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ COMMON, BODY = "prefill_common", "prefill"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 # fmt: off
-MUTATIONS: list[tuple[str, str, str, str, str]] = [
+MUTATIONS: list[tuple[str, ...]] = [
     ("prefill: window one too long", COMMON,
      "token > query - sight.reach);", "token >= query - sight.reach);", "states and two and 32"),
     ("prefill: a query does not see itself", COMMON, "token <= query &&", "token < query &&",
@@ -24,12 +25,13 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("prefill: fragments met that nobody sees", COMMON,
      "to > first - sight.reach", "to > first - sight.reach - 8", "states and two and 32"),
     ("prefill: rows of a fragment from the wrong lanes", COMMON,
-     "(lane / 4 & 4) + lane / 2 % 4", "(lane / 4 & 4) + lane % 4", "head_dims and 64-40"),
+     "(lane / 4 & 4) + lane / 2 % 4", "(lane / 4 & 4) + lane % 4", "head_dims and 64-40", "race"),
     ("prefill: columns of a fragment from the wrong lanes", COMMON,
      "(lane / 4 & 2) * 2 + lane % 2 * 2", "(lane / 4 & 2) + lane % 2 * 4", "head_dims and 64-40"),
     ("prefill: factors exchanged", COMMON, "add_product(left, right, scores[j])",
      "add_product(right, left, scores[j])", "head_dims and 64-40"),
-    ("prefill: dead rows loaded", COMMON, "if (row < n) {", "if (true) {", "states"),
+    ("prefill: dead rows loaded", COMMON, "if (row < n) {", "if (true) {", "states",
+     "out-of-bounds"),
     ("prefill: maximum over two lanes of four", COMMON,
      "top = max(top, simd_shuffle_xor(top, ushort(8)));\n", "", "head_dims and 64-40"),
     ("prefill: maximum over the wrong lanes", COMMON,
@@ -59,10 +61,11 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
      "states and two"),
     ("prefill: queries beyond the chunk read", BODY,
      "float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};\n      if (row < rows)",
-     "float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};\n      if (true)", "states and 9"),
+     "float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};\n      if (true)", "states and 9",
+     "out-of-bounds"),
     ("prefill: queries beyond the chunk stored", BODY,
      "const int row = row0 + lane_row;\nif (row < rows)",
-     "const int row = row0 + lane_row;\nif (true)", "different_tokens"),
+     "const int row = row0 + lane_row;\nif (true)", "different_tokens", "race"),
     ("prefill: simdgroups without queries multiply", BODY,
      "if (row0 < rows) {\n      const threadgroup T* q_at",
      "if (true) {\n      const threadgroup T* q_at", "states and 9"),
@@ -75,20 +78,24 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("prefill: kv head of another query head", BODY,
      "h / (int(threadgroups_per_grid.y) / k_shape[1])", "h % k_shape[1]", "query_heads"),
     ("prefill: values found by the strides of keys", BODY, "hk * size_t(v_strides[1])",
-     "hk * size_t(k_strides[1])", "strided"),
+     "hk * size_t(k_strides[1])", "strided", "out-of-bounds"),
     ("prefill: elements of a row taken for neighbours", COMMON, "chunk * 4 * step, step, to",
      "chunk * 4, 1, to", "strided"),
     ("prefill: a tile overwritten while others read it", BODY,
-     f"{BARRIER}\n    const device T* keys", "const device T* keys", "head_dims and 64-40"),
+     f"{BARRIER}\n    const device T* keys", "const device T* keys", "head_dims and 64-40",
+     "race"),
     ("prefill: keys read before they are there", BODY,
-     f"{BARRIER}\n    if (row0 < rows)", "if (row0 < rows)", "head_dims and 64-40"),
+     f"{BARRIER}\n    if (row0 < rows)", "if (row0 < rows)", "head_dims and 64-40",
+     "uninitialised"),
     ("prefill: keys overwritten by values too early", BODY,
-     f"{BARRIER}\n    const device T* values", "const device T* values", "head_dims and 64-40"),
+     f"{BARRIER}\n    const device T* values", "const device T* values", "head_dims and 64-40",
+     "race"),
     ("prefill: values read before they are there", BODY,
      f"{BARRIER}\n    const threadgroup T* v_at", "const threadgroup T* v_at",
-     "head_dims and 64-40"),
+     "head_dims and 64-40", "uninitialised"),
     ("prefill: a barrier that only simdgroups with queries reach", BODY,
      f"{BARRIER}\n    const device T* values",
-     f"if (row0 < rows) {{ {BARRIER} }}\n    const device T* values", "states and 9"),
+     f"if (row0 < rows) {{ {BARRIER} }}\n    const device T* values", "states and 9",
+     "barrier-divergence"),
 ]
 # fmt: on

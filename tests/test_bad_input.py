@@ -78,6 +78,13 @@ SETTINGS = {
         ["--presence-context-size", "0"],
         ["--presence-context-size", "at least 1"],
     ),
+    "drafts of nothing": (["--num-draft-tokens", "2"], ["--num-draft-tokens", "--draft-model"]),
+    "no drafts": (
+        ["--draft-model", "demo", "--num-draft-tokens", "0"],
+        ["--num-draft-tokens", "got 0"],
+    ),
+    "draft of another family": (["--draft-model", "demo"], ["tokenizer does not match"]),
+    "no draft model": (["--draft-model", "./nowhere"], ["'./nowhere' does not exist"]),
     "pin nothing": (["--pin-system-prompt"], ["--pin-system-prompt", "--system-prompt"]),
     "template variables": (["--chat-template-config", "{"], ["--chat-template-config", "JSON"]),
     "template list": (["--chat-template-config", "[1]"], ["--chat-template-config", "object"]),

@@ -29,6 +29,7 @@ from mlx_sink.ring import Ring, layout_of
 from mlx_sink.rope import Rotation
 
 ROPE = nn.RoPE(16, base=100.0)
+FREQUENCIES = 100.0 ** -(np.arange(0, 16, 2) / 16)
 RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)
 NAME = "prefill-float32-d16-rope16-halves"
 
@@ -71,7 +72,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return served
 
 
-def attend(n: int = 40, head_dim: int = 16, ring: Ring = RING, **options: Any) -> np.ndarray:
+def attend(
+    n: int = 40, head_dim: int = 16, ring: Ring = RING, start: int = 0, **options: Any
+) -> np.ndarray:
     """One call on a ring that needs both kinds of turns."""
     layout = layout_of(ring, n)
     rows = sum(run.length for run in layout.runs)
@@ -79,7 +82,7 @@ def attend(n: int = 40, head_dim: int = 16, ring: Ring = RING, **options: Any) -
         mx.random.normal((1, heads, length, head_dim), key=mx.random.key(length))
         for heads, length in ((4, n), (2, rows), (2, rows + 1))
     )
-    rotation = Rotation.of(ROPE)
+    rotation = Rotation(FREQUENCIES, start=start)
     out = sink_attention(
         *(q, k, v[:, :, 1:]), layout=layout, rotation=rotation, scale=0.5, **options
     )
@@ -126,6 +129,14 @@ def test_not_without_metal(launches: list[tuple[int, ...]], monkeypatch: pytest.
     attend()
     assert not launches
     assert not selfcheck.folder().exists()
+
+
+@pytest.mark.usefixtures("fast")
+def test_not_what_its_text_does_not_know(launches: list[tuple[int, ...]]):
+    """Chunked attention, and heads that do not begin with the rotated dimensions."""
+    attend(ring=Ring(0, 9, 20, tokens=65, start=60, previous=40, chunked=True))
+    attend(head_dim=32, start=16)
+    assert not launches
 
 
 @pytest.mark.usefixtures("metal")

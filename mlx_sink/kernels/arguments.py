@@ -79,11 +79,11 @@ def check(
 
 
 @functools.lru_cache(maxsize=64)
-def scalars(scale: float, softcap: float | None) -> mx.array:
+def scalars(scale: float, softcap: float | None, n_sinks: int = 0) -> mx.array:
     """Return a kernel's scalars: log2(e) goes on the scores last, as exp2 needs it."""
     log2e = math.log2(math.e)
     pair = (scale * log2e, 0.0) if softcap is None else (scale / softcap, softcap * log2e)
-    return mx.array([*pair, 0, 0, 0, 0, 0, 0], mx.float32)
+    return mx.array([*pair, n_sinks, 0, 0, 0, 0, 0], mx.float32)
 
 
 def logits(learned_sinks: mx.array | None) -> mx.array:

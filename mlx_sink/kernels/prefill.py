@@ -238,7 +238,7 @@ def _launch(
 
 @functools.cache
 def _kernel() -> source.Kernel:
-    return source.build("prefill", ("decode_common", "prefill_common"), _INPUTS, ("out",))
+    return source.build(("prefill",), ("decode_common", "prefill_common"), _INPUTS, ("out",))
 
 
 def forget() -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_sink import reference
-from mlx_sink.kernels import arguments, prefill, selfcheck, source
-from mlx_sink.kernels.selfcheck import RINGS, SOFTCAP, Verdict
+from mlx_sink.kernels import arguments, prefill, selfcheck, source, trial
+from mlx_sink.kernels.selfcheck import Verdict
 from mlx_sink.ring import Layout, Ring, blocks_of, layout_of
 from mlx_sink.rope import Rotation
 
@@ -106,19 +106,19 @@ def _is_trusted(spec: Specialisation) -> bool:
 
 def check(spec: Specialisation) -> Verdict:
     """Run a specialisation on wrapped rings, compare it with `reference`, and time both."""
-    layouts = [layout_of(ring, CHUNK) for ring in RINGS]
+    layouts = [layout_of(ring, CHUNK) for ring in trial.RINGS]
     rows = max(run.row + run.length for layout in layouts for run in layout.runs)
-    q, k, v = _arrays(spec, len(RINGS), CHUNK, rows)
-    rotation = selfcheck.rotation_of(spec.rotated, spec.interleaved)
+    q, k, v = _arrays(spec, len(trial.RINGS), CHUNK, rows)
+    rotation = trial.rotation_of(spec.rotated, spec.interleaved)
     scale = 2.0 * spec.head_dim**-0.5
-    cap = SOFTCAP if spec.softcap else None
-    logits = selfcheck.logits_of(q.shape[1]) if spec.learned_sinks else None
+    cap = trial.SOFTCAP if spec.softcap else None
+    logits = trial.logits_of(q.shape[1]) if spec.learned_sinks else None
     try:
         tables = prefill.Tables.stack([_tables(spec, layout, rotation) for layout in layouts])
         options: reference.Extras = {"softcap": cap, "learned_sinks": logits}
         out = prefill.prefill(q, k, v, tables, scale=scale, **options)
-        wanted = selfcheck.by_reference(q, k, v, layouts, rotation, scale, cap, logits)
-        verdict = selfcheck.judged(selfcheck.error_of(out, wanted), spec.dtype)
+        wanted = trial.by_reference(q, k, v, layouts, rotation, scale, cap, logits)
+        verdict = selfcheck.judged(trial.error_of(out, wanted), spec.dtype)
         return replace(verdict, speedup=speedup(spec)) if verdict.passed else verdict
     except (RuntimeError, ValueError) as failure:
         return selfcheck.failed(failure)
@@ -129,11 +129,11 @@ def speedup(spec: Specialisation) -> float:
     layout = layout_of(TIMED_RING, TIMED_CHUNK)
     rows = max(run.row + run.length for run in layout.runs)
     q, k, v = _arrays(spec, 1, TIMED_CHUNK, rows)
-    rotation = selfcheck.rotation_of(spec.rotated, spec.interleaved)
+    rotation = trial.rotation_of(spec.rotated, spec.interleaved)
     scale = spec.head_dim**-0.5
     tables = _tables(spec, layout, rotation)
-    cap = SOFTCAP if spec.softcap else None
-    logits = selfcheck.logits_of(q.shape[1]) if spec.learned_sinks else None
+    cap = trial.SOFTCAP if spec.softcap else None
+    logits = trial.logits_of(q.shape[1]) if spec.learned_sinks else None
     options: reference.Extras = {"softcap": cap, "learned_sinks": logits}
 
     def by_kernel() -> mx.array:
@@ -154,7 +154,7 @@ def speedup(spec: Specialisation) -> float:
 
 def _arrays(spec: Specialisation, batch: int, n: int, rows: int) -> list[mx.array]:
     n_heads, n_kv = _HEADS
-    return selfcheck.normals(
+    return trial.normals(
         (batch, n_heads, n, spec.head_dim),
         (batch, n_kv, rows, spec.head_dim),
         (batch, n_kv, rows, spec.v_head_dim),

@@ -15,19 +15,22 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_sink import reference
 from mlx_sink.errors import ConfigError, KernelError
-from mlx_sink.kernels import arguments, decode, prefill, source
-from mlx_sink.ring import Layout, Ring, Turn, layout_of
+from mlx_sink.kernels import arguments, decode, prefill, source, trial
+from mlx_sink.kernels.decode_packed import TEXTS as PACKED_TEXTS
+from mlx_sink.kernels.decode_packed import decode_packed
+from mlx_sink.kernels.decode_packed import forget as forget_packed
+from mlx_sink.ring import layout_of
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import Packed, packed
 
 SWITCH = "MLX_SINK_KERNEL"
 """``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and
@@ -37,17 +40,6 @@ FOLDER = "MLX_SINK_CACHE"
 
 TOLERANCES = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 """Largest error in units of the largest output: rounding of the result, and fast::exp2."""
-
-RINGS = (
-    Ring(num_sinks=4, window=203, epoch=1000, tokens=741),
-    Ring(num_sinks=4, window=203, epoch=300, tokens=660, start=600, previous=300),
-)
-"""One ring has wrapped in its first epoch; the window of the other spans two epochs."""
-
-SOFTCAP = 2.0
-"""The size of a typical score."""
-_LOGIT = 6.5
-"""Mean of the learned logits, about that of the logarithm of the sum of the keys' weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +55,8 @@ class Specialisation:
     interleaved: bool
     softcap: bool = False
     learned_sinks: bool = False
+    packed: tuple[int, int, int] | None = None
+    """Bits of keys and of values, and the group size, of a quantised ring."""
 
     @property
     def name(self) -> str:
@@ -70,7 +64,8 @@ class Specialisation:
         rows = f"gqa{self.group}-n{self.n}-"
         heads, pairs = (self.head_dim, self.v_head_dim), (self.rotated, self.interleaved)
         options = self.softcap, self.learned_sinks
-        return name_of(f"decode-{self.dtype}", heads, rows, pairs, options)
+        name = name_of(f"decode-{self.dtype}", heads, rows, pairs, options)
+        return name if self.packed is None else name + "-k{}v{}g{}".format(*self.packed)
 
 
 def name_of(
@@ -114,6 +109,7 @@ def serves(
     *,
     softcap: float | None = None,
     learned_sinks: mx.array | None = None,
+    packed: tuple[Packed, Packed] | None = None,
 ) -> bool:
     """Tell whether the decode kernel serves a call, checking it at the first of its kind.
 
@@ -124,6 +120,7 @@ def serves(
         rotation: The layer's rotary embedding.
         softcap: As in `decode.decode`.
         learned_sinks: As in `decode.decode`.
+        packed: The same keys and values as they are held, if quantised.
 
     Raises:
         KernelError: `SWITCH` is ``on``, and there is no Metal or the check failed.
@@ -132,7 +129,7 @@ def serves(
     if not is_wanted() or mx.default_device() != source.device():
         return False
     dtype, (_, H, n, D), n_kv = queries.dtype, queries.shape, keys.shape[1]
-    if D % 16 or values.shape[3] % 16 or 16 * n_kv < H:
+    if D % 16 or values.shape[3] % 16 or arguments.MAX_GROUP * n_kv < H:
         return False
     if dtype not in arguments.DTYPES or keys.dtype != dtype or values.dtype != dtype:
         return False
@@ -141,6 +138,7 @@ def serves(
             *(dtype, H // n_kv, D, values.shape[3], n, rotation.dims, rotation.interleaved),
             softcap=softcap is not None,
             learned_sinks=learned_sinks is not None,
+            packed=packed and (packed[0].bits, packed[1].bits, packed[0].group_size),
         )
     )
 
@@ -199,33 +197,36 @@ def recall(name: str, make: Callable[[], Verdict]) -> Verdict:
 
 def check(spec: Specialisation) -> Verdict:
     """Run a specialisation, with one split and with several, and compare it with `reference`."""
-    heads, rows, B = 2, max(ring.capacity for ring in RINGS) + spec.n, len(RINGS)
-    q, k, v = normals(
+    heads, rows, B = 2, max(ring.capacity for ring in trial.RINGS) + spec.n, len(trial.RINGS)
+    q, k, v = trial.normals(
         (B, heads * spec.group, spec.n, spec.head_dim),
         (B, heads, rows, spec.head_dim),
         (B, heads, rows, spec.v_head_dim),
         dtype=spec.dtype,
     )
-    rotation = rotation_of(spec.rotated, spec.interleaved)
-    layouts = [layout_of(ring, spec.n) for ring in RINGS]
-    tables = decode.Tables.stack(
-        [decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation) for a in layouts]
-    )
+    rotation = trial.rotation_of(spec.rotated, spec.interleaved)
+    layouts = [layout_of(ring, spec.n) for ring in trial.RINGS]
     scale = 2.0 * spec.head_dim**-0.5
-    cap = SOFTCAP if spec.softcap else None
-    logits = logits_of(heads * spec.group) if spec.learned_sinks else None
-    error = 0.0
+    cap = trial.SOFTCAP if spec.softcap else None
+    logits = trial.logits_of(heads * spec.group) if spec.learned_sinks else None
+    error, is_packed = 0.0, spec.packed is not None
+    tables = decode.Tables.stack(
+        [
+            decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation, packed=is_packed)
+            for a in layouts
+        ]
+    )
     try:
-        wanted = by_reference(q, k, v, layouts, rotation, scale, cap, logits)
+        run: Callable[..., mx.array] = functools.partial(decode.decode, q, k, v, tables)
+        if spec.packed is not None:
+            k_bits, v_bits, size = spec.packed
+            rows = packed(k, trial.SINKS, k_bits, size), packed(v, trial.SINKS, v_bits, size)
+            run = functools.partial(decode_packed, q, *rows, tables)
+            k, v = (x.expanded() for x in rows)
+        wanted = trial.by_reference(q, k, v, layouts, rotation, scale, cap, logits)
         for splits in (1, 3):
-            out = decode.decode(
-                *(q, k, v, tables),
-                scale=scale,
-                softcap=cap,
-                learned_sinks=logits,
-                splits=splits,
-            )
-            error = max(error, error_of(out, wanted))
+            out = run(scale=scale, softcap=cap, learned_sinks=logits, splits=splits)
+            error = max(error, trial.error_of(out, wanted))
     except (RuntimeError, ValueError) as failure:
         return failed(failure)
     return judged(error, spec.dtype)
@@ -244,70 +245,10 @@ def judged(error: float, dtype: mx.Dtype) -> Verdict:
     return Verdict(True, error, "")
 
 
-def normals(*shapes: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
-    """Return the same random arrays every time."""
-    keys = mx.random.split(mx.random.key(0), len(shapes))
-    return [
-        mx.random.normal(shape, key=key, stream=mx.cpu).astype(dtype, stream=mx.cpu)
-        for shape, key in zip(shapes, keys, strict=True)
-    ]
-
-
-def rotation_of(rotated: int, interleaved: bool) -> Rotation:
-    """Return a rotary embedding in which a wrong turn shows at once."""
-    pairs = rotated // 2
-    return Rotation([100.0 ** -(i / max(pairs, 1)) for i in range(pairs)], interleaved)
-
-
-def logits_of(n_heads: int) -> mx.array:
-    """Return logits that weigh about as much as all keys together: small ones would not show."""
-    return mx.random.normal((n_heads,), loc=_LOGIT, key=mx.random.key(1), stream=mx.cpu)
-
-
-def by_reference(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    layouts: Sequence[Layout],
-    rotation: Rotation,
-    scale: float,
-    cap: float | None,
-    logits: mx.array | None,
-) -> mx.array:
-    """Work out what a kernel must give, in float32 and on the CPU.
-
-    There matrix products are not cut to TF32. Arguments as those of a kernel, and the layout of
-    each sequence.
-    """
-    outputs: list[mx.array] = []
-    with mx.stream(mx.cpu):
-        for b, layout in enumerate(layouts):
-            block = layout.block(layout.ring.tokens, layout.end)
-            scaled = q[b : b + 1].astype(mx.float32) * scale
-            # A fresh key: what a model's steps remember is not to be crowded out.
-            queries = {
-                turn: rotation.turn(scaled, layout.turns(turn), key=object()) for turn in Turn
-            }
-            keys, values = (x[b : b + 1].astype(mx.float32) for x in (k, v))
-            window = layout.ring.window
-            outputs.append(
-                reference.attend(
-                    queries, keys, values, block, window, softcap=cap, learned_sinks=logits
-                )
-            )
-        return mx.concatenate(outputs)
-
-
-def error_of(out: mx.array, wanted: mx.array) -> float:
-    """Return the largest error in units of the largest output."""
-    with mx.stream(mx.cpu):
-        off = mx.abs(out.astype(mx.float32) - wanted).max() / mx.abs(wanted).max()
-        return cast("float", off.item())
-
-
 def forget() -> None:
     """Forget what this process has settled: tests change the machine under it."""
     decode.forget()
+    forget_packed()
     prefill.forget()
     is_wanted.cache_clear()
     _is_trusted.cache_clear()
@@ -322,7 +263,7 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "mlx": version("mlx"),
         "backend": source.backend(),
-        "text": source.stamp(*decode.TEXTS, *prefill.TEXTS),
+        "text": source.stamp(*decode.TEXTS, *PACKED_TEXTS, *prefill.TEXTS),
     }
 
 
@@ -334,6 +275,22 @@ def folder() -> Path:
     if platform.system() == "Darwin":
         return Path.home() / "Library" / "Caches" / "mlx_sink"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_sink"
+
+
+def kept() -> list[dict[str, Any]]:
+    """Return the verdicts that use has left in `folder`, of this machine as it is now.
+
+    Returns:
+        Dictionaries of ``kernel`` (its name) and the fields of `Verdict`.
+    """
+    here, found = machine(), list[dict[str, Any]]()
+    for path in sorted(folder().glob("*.json")):
+        verdict = _read(path)
+        if verdict is not None:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if all(facts.get(name) == value for name, value in here.items()):
+                found.append({"kernel": str(facts.get("kernel")), **asdict(verdict)})
+    return found
 
 
 def _key(name: str) -> str:
