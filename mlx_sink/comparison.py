@@ -146,6 +146,11 @@ class Comparison:
             grown = held * until // max(arm.position, 1)
             if arm.name == "full" and arm.position and grown > self.settings.limit:
                 arm.stopped = f"{grown / 1e9:.1f} GB of cache would not fit"
+            elif arm.at:
+                # To read on without coming to the next length would show nothing.
+                rest = (until - arm.position) / arm.at[-1]["prefill_tokens_per_s"]
+                if not arm.bucket[0] and arm.seconds + rest > self.settings.seconds:
+                    arm.stopped = "its time is out before the next length"
         while arm.position < until and not arm.stopped:
             # A chunk in the middle ends where it would in a run that was not stopped.
             end = min(until, arm.position + max(chunk, 16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -74,16 +75,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     for name, arm in found["arms"].items():
         if arm["stopped"]:
             said.append(f"{NAMES[name]} stopped at {arm['tokens']:,} tokens: {arm['stopped']}.")
-    inside = [r for r in found["recall"] if r["arm"] == "full"]
-    if inside:
-        right, trials = (sum(r[key] for r in inside) for key in ("right", "trials"))
-        low, _ = wilson(right, trials)
-        if low <= 1 / found["choices"]:
-            said.append(
-                f"With everything in view this model answers {right} of {trials} questions right, "
-                f"no better than a guess (1 in {found['choices']}): it is too small to copy "
-                "what it reads. Its recall says nothing about the caches."
-            )
+    said += _guessing(found)
     context = found["model"]["context"]
     if context and found["lengths"][-1] > context:
         said.append(
@@ -91,6 +83,26 @@ def notes(found: dict[str, Any]) -> list[str]:
             "RotatingKVCache use positions that it has never seen."
         )
     return said
+
+
+def _guessing(found: dict[str, Any]) -> list[str]:
+    """Say so if no arm answers better than a guess where it still sees the fact."""
+    capacity, right, trials = found["config"]["capacity"], Counter[str](), Counter[str]()
+    for row in found["recall"]:
+        if row["arm"] == "full" or row["distance"] < capacity:
+            right[row["arm"]] += row["right"]
+            trials[row["arm"]] += row["trials"]
+    if not trials:
+        return []
+    best = max(trials, key=lambda arm: right[arm] / trials[arm])
+    low, _ = wilson(right[best], trials[best])
+    if low > 1 / found["choices"]:
+        return []
+    return [
+        f"Where the fact is in view the best arm ({NAMES[best]}) answers {right[best]} of "
+        f"{trials[best]} questions right, no better than a guess (1 in {found['choices']}): this "
+        "model is too small to copy what it reads. Its recall says nothing about the caches."
+    ]
 
 
 def picture(results: Sequence[dict[str, Any]]) -> Any:

@@ -77,7 +77,7 @@ def test_measures_every_arm_at_every_length(whole: dict[str, Any]):
     held = {name: [m["cache_bytes"] for m in arm["at"]] for name, arm in whole["arms"].items()}
     assert held["ours"] == held["window"] == held["rotating"] == [2 * 2 * 24 * 2 * 64 * 4] * 3
     assert max(held["ours_8bit"]) < held["ours"][0]
-    assert held["full"][-1] > held["full"][0]
+    assert held["full"] == [2 * 2 * 256 * 2 * 64 * 4] * 3  # mlx-lm takes 256 slots at once.
 
 
 def test_losses_are_those_of_the_script(
@@ -145,7 +145,7 @@ def test_an_arm_stops_when_its_time_is_out(model: Path, text: Path, tmp_path: Pa
     assert {arm["stopped"] for name, arm in found["arms"].items() if name != SAMPLED} == {
         "its time was out"
     }
-    assert "stopped at 16 tokens: its time was out" in output.with_name("run.html").read_text()
+    assert "stopped at 64 tokens: its time was out" in output.with_name("run.html").read_text()
 
 
 def test_an_arm_that_a_model_cannot_have_says_why(text: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -198,15 +199,18 @@ def test_lenders_are_known_by_thread():
     assert lender_of(keys) is lender
 
 
-def test_lending_costs_no_copy():
-    """MLX writes in place only while nobody else holds the ring: last call's rows must go."""
-    lender = SinkCache(CONFIG, ROTATION, lends=True)
-    for _ in range(12):
-        fetch(lender, 1)
+def test_lent_rows_are_let_go_before_the_ring_is_written(monkeypatch: pytest.MonkeyPatch):
+    """MLX writes in place only while nobody else holds the array: it would copy every ring."""
+    lender, held = cache_at(12, lends=True), list[object]()
+    update = lender._keys.update
+
+    def noted(*given: Any) -> Any:
+        held.append(lender._lent)
+        return update(*given)
+
+    monkeypatch.setattr(lender._keys, "update", noted)
+    for n in (1, 1, 3):
+        fetch(lender, n)
         lender.take_layout()
         assert lender._lent is not None
-    ring = weakref.ref(lender._lent[0])
-    held = lender.keys_and_values()[0].shape
-    fetch(lender, 4)
-    assert held == (1, 2, 7, 8)
-    assert ring() is None or ring() is lender.keys
+    assert held == [None] * 3
