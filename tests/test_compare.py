@@ -143,9 +143,9 @@ def test_an_arm_stops_when_its_time_is_out(model: Path, text: Path, tmp_path: Pa
     assert main(arguments(model, text, output, "--arm-minutes", "1e-9", "--trials", "0")) == 0
     found = json.loads(output.with_name("run.json").read_text())
     assert {arm["stopped"] for name, arm in found["arms"].items() if name != SAMPLED} == {
-        "its time was out"
+        "its time is out before the next length"
     }
-    assert "stopped at 64 tokens: its time was out" in output.with_name("run.html").read_text()
+    assert "stopped at 48 tokens: its time is out" in output.with_name("run.html").read_text()
 
 
 def test_an_arm_that_a_model_cannot_have_says_why(text: Path, tmp_path: Path):
