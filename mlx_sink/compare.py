@@ -16,6 +16,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from mlx_sink import arms, checkpoint, cli, losses, page, plots, recall
+from mlx_sink.attach import attach
 from mlx_sink.comparison import Comparison, Settings
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, InputError
@@ -139,7 +140,7 @@ class _Run:
         ids = self.encode(self.text)
         self.inputs, targets = losses.cut(ids, self.tokenizer.bos_token_id)
         facts = machine()
-        say(describe(facts))
+        attach(model, config)  # A model that is refused ends here.
         settings = Settings(
             config, tuple(args.arms), lengths_of(args.lengths, self.inputs.shape[1]),
             args.prefill_step_size, 60 * args.arm_minutes, args.samples, facts["memory"] * 3 // 4,
@@ -172,10 +173,14 @@ class _Run:
         if self.state.exists():
             self.recall = checkpoint.resume(self.state, self.comparison, self.key)
             say(f"going on from {self.state}")
-        with tqdm(total=self.comparison.total, unit="tok", unit_scale=True) as bar:
-            for n in self.comparison.steps():
-                bar.update(n)
-                bar.total = bar.n + self.comparison.total
+        say(describe(self.head["machine"]))
+        began, shape = time.monotonic(), "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{postfix}"
+        with tqdm(desc="reading", total=1.0, bar_format=shape) as bar:
+            for _ in self.comparison.steps():
+                took, left = time.monotonic() - began, self.comparison.seconds_left()
+                bar.total, bar.n = took + left, took
+                bar.set_postfix_str(tqdm.format_interval(left), refresh=False)
+                bar.update(0)
                 self.keep()
         if self.args.trials:
             self.ask()

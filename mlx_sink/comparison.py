@@ -121,25 +121,35 @@ class Comparison:
             except UnsupportedModelError as error:
                 self.skipped[name] = str(error)
 
-    @property
-    def total(self) -> int:
-        """Tokens that are left to read, of all arms."""
-        end = self.settings.lengths[-1]
-        return sum(end - arm.position for arm in self._streams() if not arm.stopped)
+    def seconds_left(self) -> float:
+        """Return how long reading will go on, by the speed of each arm so far."""
+        end, left = self.settings.lengths[-1], 0.0
+        for arm in self._streams():
+            if arm.stopped or arm.position >= end:
+                continue
+            tokens, seconds = arm.bucket
+            speed = tokens / seconds if seconds else None
+            if speed is None and arm.at:
+                speed = arm.at[-1]["prefill_tokens_per_s"]
+            most = max(0.0, self.settings.seconds - arm.seconds)
+            left += most if speed is None else min(most, (end - arm.position) / speed)
+        return left
 
-    def steps(self) -> Iterator[int]:
-        """Go on to the end; after each step, of how many tokens, everything is consistent."""
+    def steps(self) -> Iterator[None]:
+        """Go on to the end; after each step everything is consistent."""
         for length in self.settings.lengths:
             for arm in self._streams():
                 yield from self._read(arm, length)
-            yield self._decode(length)
+            self._decode(length)
+            yield
             if arms.SAMPLED in self.arms:
-                yield self._recompute(self.arms[arms.SAMPLED], length)
+                self._recompute(self.arms[arms.SAMPLED], length)
+                yield
 
     def _streams(self) -> list[Arm]:
         return [arm for name, arm in self.arms.items() if name != arms.SAMPLED]
 
-    def _read(self, arm: Arm, length: int) -> Iterator[int]:
+    def _read(self, arm: Arm, length: int) -> Iterator[None]:
         until, chunk = length - STEPS, arms.chunk_of(arm.name, self.settings.chunk)
         if arm.position < until and not arm.stopped:
             held = arms.nbytes(arm.caches)
@@ -169,9 +179,9 @@ class Comparison:
             arm.bucket = [arm.bucket[0] + end - span.start, arm.bucket[1] + took]
             if arm.seconds > self.settings.seconds and arm.position < until:
                 arm.stopped = "its time was out"
-            yield end - span.start
+            yield
 
-    def _decode(self, length: int) -> int:
+    def _decode(self, length: int) -> None:
         """Decode the last tokens before a length with every arm that got there, in turns."""
         alive = [arm for arm in self._streams() if arm.position == length - STEPS]
         times: dict[str, list[float]] = {arm.name: [] for arm in alive}
@@ -195,7 +205,6 @@ class Comparison:
             }
             arm.at.append(costs | self._bucket(arm.all_losses(), length, losses.BLOCK))
             arm.bucket, arm.workspace = [0.0, 0.0], 0
-        return STEPS * len(alive)
 
     def _bucket(self, of_arm: Losses, length: int, block: int) -> dict[str, Any]:
         since = max((n for n in self.settings.lengths if n < length), default=0)
@@ -203,9 +212,9 @@ class Comparison:
         low, high = losses.interval(part, block)
         return losses.figures(part) | {"from": since, "low": low, "high": high}
 
-    def _recompute(self, arm: Arm, length: int) -> int:
+    def _recompute(self, arm: Arm, length: int) -> None:
         if any(done["length"] == length for done in arm.at):
-            return 0
+            return
         since = max((n for n in self.settings.lengths if n < length), default=0)
         n = min(self.settings.samples, length - since)
         sampled = [since + (2 * i + 1) * (length - since) // (2 * n) for i in range(n)]
@@ -222,7 +231,6 @@ class Comparison:
         arm.sampled += sampled
         costs = {"length": length, **_spread(times), **held}
         arm.at.append(costs | self._bucket(arm.all_losses(), length, 1))
-        return 0
 
     def beside_recompute(self) -> dict[str, Any]:
         """Compare the other arms with recomputing, on the same tokens past the first eviction."""

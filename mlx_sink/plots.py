@@ -87,7 +87,9 @@ def svg(figure: Any, salt: str) -> str:
         figure.savefig(data, format="svg", transparent=True, metadata=nothing)
     text = data.getvalue().decode()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r' id="(?!m|p)[^"]*"', "", text)
+    # Names that nothing refers to would be those of other figures in the page too.
+    used = set(re.findall(r"#([\w.-]+)", text))
+    return re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
 
 
 def plain(axes: Any) -> None:

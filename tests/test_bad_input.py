@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import shutil
@@ -232,17 +233,75 @@ PLANS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", PLANS)
-def test_plans(case: str, capsys: pytest.CaptureFixture[str]):
-    from mlx_sink.plan import PROG, main
-
-    argv, words = PLANS[case]
+def refused(
+    name: str, argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Expect one line that says what is wrong with a command."""
+    command = importlib.import_module(f"mlx_sink.{name}")
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: main(argv), PROG)
+        cli.run(lambda: command.main(argv), command.PROG)
     captured = capsys.readouterr()
     assert left.value.code == 2
     assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith(f"{PROG}: error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith(f"python -m mlx_sink.{name}: error: ")
     for word in words:
         assert word in captured.err
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans(case: str, capsys: pytest.CaptureFixture[str]):
+    refused("plan", *PLANS[case], capsys)
+
+
+COMPARISONS: dict[str, tuple[list[str], list[str]]] = {
+    "no text": ([], ["--text", "--from"]),
+    "no such text": (["--text", "nowhere.txt"], ["nowhere.txt", "No such file"]),
+    "text too short": (["--text", "TEXT", "--lengths", "64", "1M"], ["tokens, fewer than", "1M"]),
+    "text is empty": (["--text", "EMPTY"], ["the text has"]),
+    "range too far": (["--text", "TEXT", "--lengths", "512K..1M"], ["fewer than", "512K"]),
+    "no length": (["--text", "TEXT", "--lengths", "far"], ["far", "4K"]),
+    "lengths too close": (["--text", "TEXT", "--lengths", "64", "70"], ["ascend", "70"]),
+    "window": (["--text", "TEXT", "--window", "61"], ["65", "64 tokens", "at most 60"]),
+    "arm": (["--text", "TEXT", "--arms", "best"], ["--arms", "best"]),
+    "samples": (["--text", "TEXT", "--samples", "0"], ["--samples", "at least 1"]),
+    "trials": (["--text", "TEXT", "--trials", "-1"], ["--trials"]),
+    "no time": (["--text", "TEXT", "--arm-minutes", "0"], ["--arm-minutes"]),
+    "no such model": (["--text", "TEXT", "--model", "./nowhere"], ["'./nowhere'"]),
+    "refused model": (["--text", "TEXT", "--model", "REFUSED"], ["not supported"]),
+    "no results": (["--from", "nowhere.json"], ["nowhere.json", "No such file"]),
+    "results of something else": (["--from", "OTHER"], ["holds no results"]),
+    "results of another version": (["--from", "NEWER"], ["version 2", "reads 1"]),
+    "results cut off": (["--from", "BROKEN"], ["not JSON"]),
+    "results that lack something": (["--from", "LACKS"], ["lacks"]),
+    "a state of another run": (["--text", "TEXT", "--output", "STATE"], ["STATE", "remove it"]),
+}
+FILES = {
+    "TEXT": "the cat and the dog went to the sea. " * 20,
+    "EMPTY": "",
+    "OTHER": '{"a": 1}',
+    "NEWER": '{"mlx_sink_compare": 2}',
+    "BROKEN": '{"mlx_sink_compare": 1',
+    "LACKS": '{"mlx_sink_compare": 1}',
+    "STATE.state": "not a state",
+}
+
+
+@pytest.mark.parametrize("case", COMPARISONS)
+def test_comparisons(
+    case: str,
+    good: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    shutil.copytree(good, "REFUSED")
+    _edit_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})(Path("REFUSED"))
+    argv, words = COMPARISONS[case]
+    usual = {"--model": str(good), "--lengths": "64", "--window": "20"}
+    more = [word for pair in usual.items() if pair[0] not in argv for word in pair]
+    refused("compare", [*more, *argv], words, capsys)
+    assert not list(tmp_path.glob("*.html"))
