@@ -37,7 +37,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("a plot needs matplotlib: pip install 'mlx-sink[plot]'") from None
+        raise ConfigError("a plot needs matplotlib: pip install matplotlib") from None
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mlx_sink
-from mlx_sink.generate import main, parser
+from mlx_sink.generate import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,13 +29,15 @@ def test_python_examples_run(capsys: pytest.CaptureFixture[str]):
         assert re.search(r"\d+ tokens seen, \d+ bytes held", capsys.readouterr().out)
 
 
-def test_commands_are_understood():
-    """Every flag of every generate command in the README exists."""
+@pytest.mark.parametrize("name", ["generate", "plan", "compare"])
+def test_commands_are_understood(name: str):
+    """Every flag of every command in the README exists."""
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
-    commands = re.findall(r"python -m mlx_sink\.generate (.*)", text)
+    commands = re.findall(rf"python -m mlx_sink\.{name} (.*)", text)
     assert commands
     for command in commands:
-        parser().parse_args(shlex.split(command, comments=True))
+        module = importlib.import_module(f"mlx_sink.{name}")
+        module.parser().parse_args(shlex.split(command, comments=True))
 
 
 def test_scripts_exist_and_are_named():
