@@ -174,7 +174,7 @@ class _Run:
             self.recall = checkpoint.resume(self.state, self.comparison, self.key)
             say(f"going on from {self.state}")
         say(describe(self.head["machine"]))
-        began, shape = time.monotonic(), "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{postfix}"
+        began, shape = time.monotonic(), "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix} left"
         with tqdm(desc="reading", total=1.0, bar_format=shape) as bar:
             for _ in self.comparison.steps():
                 took, left = time.monotonic() - began, self.comparison.seconds_left()
