@@ -208,9 +208,11 @@ class _Run:
         first = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         for test, place, n, arm in tqdm(cells, desc="recall", unit="cell"):
             right = 0
-            for seed in range(self.args.trials):
+            for i in range(self.args.trials):
+                # The same questions for every arm, others in every place.
+                seed = f"{test} {place} {i}"
                 if test == "needle":
-                    start = seed * length % max(1, len(hay) - length)
+                    start = i * length % max(1, len(hay) - length)
                     asked = recall.needle(self.encode, hay[start : start + length], n, seed)
                 else:
                     asked = recall.lines(self.encode, length, n, seed)

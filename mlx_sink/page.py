@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -24,7 +23,6 @@ h1 { font-size: 1.5rem; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem; }
 .runs { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); }
-.runs > * { min-width: 0; }
 figure { margin: 0; }
 svg { display: block; width: 100%; height: auto; max-width: 44rem; }
 .scroll { overflow-x: auto; max-width: 100%; }
@@ -86,23 +84,26 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 
 def _guessing(found: dict[str, Any]) -> list[str]:
-    """Say so if no arm answers better than a guess where it still sees the fact."""
-    capacity, right, trials = found["config"]["capacity"], Counter[str](), Counter[str]()
-    for row in found["recall"]:
-        if row["arm"] == "full" or row["distance"] < capacity:
-            right[row["arm"]] += row["right"]
-            trials[row["arm"]] += row["trials"]
-    if not trials:
+    """Say so if an arm answers no better than a guess where it still sees the fact."""
+    asked = [r for r in found["recall"] if r["arm"] == "full" or _is_within(found, r)]
+    if not asked:
         return []
-    best = max(trials, key=lambda arm: right[arm] / trials[arm])
-    low, _ = wilson(right[best], trials[best])
+    arms = {row["arm"] for row in asked}
+    arm = next(name for name in ("ours", *NAMES) if name in arms)
+    mine = [row for row in asked if row["arm"] == arm]
+    right, trials = (sum(row[key] for row in mine) for key in ("right", "trials"))
+    low, _ = wilson(right, trials)
     if low > 1 / found["choices"]:
         return []
     return [
-        f"Where the fact is in view the best arm ({NAMES[best]}) answers {right[best]} of "
-        f"{trials[best]} questions right, no better than a guess (1 in {found['choices']}): this "
-        "model is too small to copy what it reads. Its recall says nothing about the caches."
+        f"Where the fact is in view, {NAMES[arm]} answers {right} of {trials} questions right, no "
+        f"better than a guess (1 in {found['choices']}): this model is too small to copy what it "
+        "reads. Its recall says nothing about the caches."
     ]
+
+
+def _is_within(found: dict[str, Any], row: dict[str, Any]) -> bool:
+    return row["distance"] < found["config"]["capacity"]
 
 
 def picture(results: Sequence[dict[str, Any]]) -> Any:
@@ -124,7 +125,7 @@ def picture(results: Sequence[dict[str, Any]]) -> Any:
     for axes in grid[len(cells) :]:
         axes.set_visible(False)
     if cells:
-        grid[0].legend(frameon=False, fontsize=7)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
 
 

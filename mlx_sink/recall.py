@@ -69,14 +69,14 @@ def distances(capacity: int) -> dict[str, int]:
     }
 
 
-def needle(encode: Encode, hay: Sequence[int], distance: int, seed: int) -> Question:
+def needle(encode: Encode, hay: Sequence[int], distance: int, seed: str) -> Question:
     """Hide a line in a text, so that it ends so many tokens before the answer.
 
     Args:
         encode: From text to tokens, without special ones.
         hay: The text, without special tokens, as long as the whole is to be.
         distance: As above; a larger one than there is puts the line at the very start.
-        seed: Of the names and numbers.
+        seed: Of the names and numbers; another one for each question.
     """
     draw = random.Random(seed)
     name, numbers = draw.choice(PEOPLE), draw.sample(range(1000, 10000), CHOICES)
@@ -88,7 +88,7 @@ def needle(encode: Encode, hay: Sequence[int], distance: int, seed: int) -> Ques
     return Question(text, _answers(encode, numbers))
 
 
-def lines(encode: Encode, length: int, distance: int, seed: int) -> Question:
+def lines(encode: Encode, length: int, distance: int, seed: str) -> Question:
     """Make a text of such lines alone, one for each name and number, as StreamEval does.
 
     Args:

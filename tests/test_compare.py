@@ -16,6 +16,7 @@ from mlx_sink import compare, losses, recall
 from mlx_sink.arms import NAMES, SAMPLED
 from mlx_sink.compare import lengths_of, main
 from mlx_sink.errors import InputError
+from mlx_sink.page import notes
 from mlx_sink.panels import panels, wilson
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -217,9 +218,9 @@ def test_questions_can_be_answered_by_who_still_has_the_line(kind: str):
     for distance in (100, 250, 400, 900):
         for seed in range(6):
             asked = (
-                recall.needle(encode, hay[:1200], distance, seed)
+                recall.needle(encode, hay[:1200], distance, str(seed))
                 if kind == "needle"
-                else recall.lines(encode, 1200, distance, seed)
+                else recall.lines(encode, 1200, distance, str(seed))
             )
             assert len({tuple(choice) for choice in asked.choices}) == recall.CHOICES
             assert recall.ask(Copier(), [Kept(10_000)], asked, 64)
@@ -230,7 +231,7 @@ def test_questions_can_be_answered_by_who_still_has_the_line(kind: str):
 def test_needles_lie_where_they_should():
     hay = [0] * 1000
     for name, distance in recall.places(300, 1000).items():
-        asked = recall.needle(encode, hay, distance, 3)
+        asked = recall.needle(encode, hay, distance, "a")
         assert len(asked.context) == 1000, name
         end = bytes(asked.context).index(b".\n") + 2
         first = bytes(asked.context).index(b"The number")
@@ -246,6 +247,15 @@ def test_the_page_is_honest(whole: dict[str, Any]):
     assert page.count("<svg") == len(panels(whole)) == 7
     assert "http-equiv" in page
     assert not [word for word in ("<script", "<img", "<link", "@import") if word in page]
+
+
+def test_says_whether_the_model_can_copy(whole: dict[str, Any]):
+    for right, honest in ((0, True), (5, True), (14, False)):
+        row = {"arm": "ours", "distance": 5, "right": right, "trials": 20, "test": "lines"}
+        far = row | {"distance": 99, "right": 0}
+        said = " ".join(notes(whole | {"recall": [row, far]}))
+        assert ("no better than a guess" in said) == honest
+        assert (f"{right} of 20" in said) == honest
 
 
 def test_two_runs_on_one_page(whole: dict[str, Any], tmp_path: Path):

@@ -148,6 +148,14 @@ def test_says_why_rings_are_not_quantised(tmp_path: Path):
     assert any(note.startswith("no quantised rings: ") for note in found["notes"])
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "mamba2", "qwen3_next"])
+def test_weights_in_bfloat16(name: str, tmp_path: Path):
+    """Some parameters stay in float32, as mlx-lm's converter leaves them."""
+    read = json.loads(written(tmp_path, name, {}).read_text())
+    held = [weight_bytes(tiny(name, dtype=dtype)) for dtype in (mx.float32, mx.bfloat16)]
+    assert [weight_bytes(build(read, dtype)) for dtype in ("float32", "bfloat16")] == held
+
+
 def test_nothing_is_computed():
     """A model of 600 GB: its weights would not fit anywhere."""
     big = {"hidden_size": 1 << 17, "intermediate_size": 1 << 19, "head_dim": 128}
