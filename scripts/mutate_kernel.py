@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "test_kernel_decode.py"
+PACKED_TESTS = ROOT / "tests" / "test_kernel_packed.py"
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
@@ -51,6 +52,7 @@ class Mutation:
 
 
 COMMON, PASS_1, PASS_2 = "decode_common", "decode", "decode_merge"
+PLAIN, PACKED, ROWS = "decode_plain", "decode_packed", "packed_rows"
 
 # fmt: off
 MUTATIONS = [
@@ -102,16 +104,15 @@ MUTATIONS = [
              "any_number"),
     Mutation("rows beyond the last stored", PASS_1, "if (row < R)", "if (true)",
              "any_number"),
-    Mutation("values found by the strides of keys", PASS_1, "hk * size_t(v_strides[1])",
+    Mutation("values found by the strides of keys", PLAIN, "hk * size_t(v_strides[1])",
              "hk * size_t(k_strides[1])", "values_of"),
-    Mutation("sequences taken for contiguous", PASS_1, "b * size_t(k_strides[0])",
+    Mutation("sequences taken for contiguous", PLAIN, "b * size_t(k_strides[0])",
              "b * size_t(threadgroups_per_grid.y * k_strides[1])", "strided"),
-    Mutation("rows taken for contiguous", PASS_1, "v_row = int(v_strides[2])", "v_row = DV",
-             "strided"),
+    Mutation("rows taken for contiguous", PLAIN, "values.row = int(v_strides[2])",
+             "values.row = DV", "strided"),
     Mutation("elements of a row taken for neighbours", COMMON, "if (step != 1)", "if (false)",
              "strided"),
-    Mutation("staged rows taken for neighbours", PASS_1, "c % (D / 4) * 4 * k_step",
-             "c % (D / 4) * 4", "strided"),
+    Mutation("elements found as if neighbours", COMMON, "at * rows.step", "at", "strided"),
     Mutation("kv head ignored", PASS_1, "threadgroups_per_grid.y + size_t(hk)",
              "threadgroups_per_grid.y + size_t(0)", "queries"),
     Mutation("a tile overwritten while others read it", PASS_1,
@@ -132,6 +133,29 @@ MUTATIONS = [
              "queries"),
     Mutation("splits' outputs not rescaled", PASS_2, "from[lane + 32 * i] * fade",
              "from[lane + 32 * i]", "queries"),
+    Mutation("low bits of a word taken for the high ones", ROWS, "unit >> (j * BITS)",
+             "unit >> ((EACH - 1 - j) * BITS)", "head_dims"),
+    Mutation("a bit too many", ROWS, "(1u << BITS) - 1u", "(1u << (BITS + 1)) - 1u", "head_dims"),
+    Mutation("bias left out", ROWS, "static_cast<float>(q) + bias", "static_cast<float>(q)",
+             "head_dims"),
+    Mutation("scale of the first group", ROWS, "scales_row + at / GS", "scales_row", "head_dims"),
+    Mutation("bias of the next row", ROWS, "rows.biases_here[row *",
+             "rows.biases_here[(row + 1) *", "head_dims"),
+    Mutation("units counted as elements", ROWS, "units[at / EACH + i]", "units[at + i]",
+             "head_dims"),
+    Mutation("sinks read from the ring", ROWS, "row >= size_t(rows.split)",
+             "row + 1 >= size_t(rows.split)", "states"),
+    Mutation("ring counted from the first sink", ROWS, "row - size_t(rows.split)", "row",
+             "states"),
+    Mutation("sinks all alike", ROWS, "rows.sinks_here + row * rows.sinks_row", "rows.sinks_here",
+             "dtypes"),
+    Mutation("packed sequences taken for contiguous", PACKED, "b * size_t(k_words_strides[0])",
+             "b * size_t(threadgroups_per_grid.y * k_words_strides[1])", "strided"),
+    Mutation("scales found by the strides of words", PACKED,
+             "values.scales_row = int(v_scales_strides[2])",
+             "values.scales_row = int(v_words_strides[2])", "head_dims"),
+    Mutation("values unpacked as keys", PACKED, "SinkRows<T, VBITS, GS> values",
+             "SinkRows<T, KBITS, GS> values", "dtypes_and_bits"),
     Mutation("last dimensions not merged", PASS_2,
              "lane + 32 * i < DV) {\n      o[i]", "lane + 32 * i < DV - 1) {\n      o[i]",
              "queries"),
@@ -170,7 +194,10 @@ def outcome_of(mutation: Mutation | None, tests: str) -> _Outcome:
         patch.setattr(source, "text", planted)
         quiet = ["-x", "-qq", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
         quiet += ["-p", "no:terminalreporter"]
-        pytest.main([str(TESTS), "-k", tests, *quiet], plugins=[outcome])
+        packed = mutation is not None and mutation.file in (PACKED, ROWS)
+        pytest.main(
+            [str(PACKED_TESTS if packed else TESTS), "-k", tests, *quiet], plugins=[outcome]
+        )
     return outcome
 
 
