@@ -16,11 +16,12 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from tiny import TOLERANCE, build
 
 import mlx_sink
-from mlx_sink import CacheError, InputError, SinkConfig, Stream, attach
+from mlx_sink import CacheError, ConfigError, InputError, SinkConfig, Stream, attach
 from mlx_sink.attach import make_cache
 from mlx_sink.choice import Sampling
 from mlx_sink.draft import Draft
 from mlx_sink.generate import main
+from mlx_sink.load import load_draft
 from mlx_sink.loop import Loop, Made
 
 S, W, E = 2, 7, 17
@@ -254,6 +255,19 @@ def test_a_layer_that_cannot_take_tokens_back(
     monkeypatch.setattr(mlx_sink.SinkCache, "is_trimmable", lambda self: False)
     with pytest.raises(CacheError, match=r"the model cannot take tokens back.*layer 0 has a Sink"):
         Stream(model, tokenizer, draft_model=model, num_draft_tokens=2)
+
+
+def test_a_draft_keeps_what_its_own_context_holds(
+    folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+):
+    """It may be trained on less; and its ring is never quantised."""
+    short = make_folder(tmp_path_factory.mktemp("models") / "short", max_position_embeddings=16)
+    _, tokenizer = mlx_sink.load(folders[0])
+    config = SinkConfig(4, 40, rollback=3, kv_bits=8)
+    draft = load_draft(short, tokenizer, config)
+    assert draft.make_cache.config == SinkConfig(4, 12, rollback=3)
+    with pytest.raises(ConfigError, match="context of 16 tokens does not hold the 16 sinks"):
+        load_draft(short, tokenizer, SinkConfig(16, 20))
 
 
 def test_the_command(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
