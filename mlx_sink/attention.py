@@ -59,14 +59,17 @@ def sink_attention(
     """
     turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window
+    scaled = queries * scale  # lazy: nothing is computed unless it is used
 
+    # It may not call itself: in a cycle the queries would outlive the call, until Python's
+    # collector runs.
     def under(turn: Turn) -> mx.array:
         if turn not in turned:
             if turn is Turn.NONE or rotation.is_identity:
-                turned[turn] = queries * scale
+                turned[turn] = scaled
             else:
                 positions = layout.turns(turn)
-                turned[turn] = rotation.turn(under(Turn.NONE), positions, key=(layout, turn))
+                turned[turn] = rotation.turn(scaled, positions, key=(layout, turn))
         return turned[turn]
 
     def attend(block: Block) -> mx.array:
