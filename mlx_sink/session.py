@@ -104,6 +104,19 @@ def save(
         store.write(path, held, arrays)
 
 
+def described(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that a session was made with, and its note, before any model is there.
+
+    Raises:
+        SessionError: The file is unsound.
+    """
+    held, _ = store.read(path)
+    try:
+        return dict(held["config"]), dict(held["note"])
+    except (KeyError, TypeError, ValueError):
+        raise SessionError(f"session {str(path)!r} says nothing of its settings") from None
+
+
 def resume(path: Path, model: nn.Module, whose: dict[str, str]) -> Restored:
     """Read a session for an attached model.
 
