@@ -4,8 +4,8 @@
 
 A random Llama reads random text and writes on, in turns. For each bucket of tokens one row says
 what the process and MLX held and how long a token took, and how far the log probabilities are
-from float64. Every few turns the same is timed on a copy of the stream as it was when young, in
-the same process: on a busy machine only that ratio tells an old stream from a slow moment.
+from float64. After each turn a copy of the stream as it was when young writes as much, and is
+timed alike: on a busy machine only that ratio tells an old stream from a slow moment.
 
 Every bucket is saved in the folder of `--state`; the same command goes on from there. The table
 goes to stdout, progress to stderr.
@@ -43,7 +43,7 @@ COLUMNS = {
     "cpu_ms": ("CPU ms a token", ".3f"),
     "read_us": ("us a token read", ".1f"),
     "old_over_young": ("old/young", ".4f"),
-    "drift": ("drift", ".1e"),
+    "drift": ("   drift", ".1e"),
 }
 SAMPLED: dict[str, Any] = {
     "sampler": make_sampler(1.0, top_p=0.95),
@@ -91,7 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--start", type=int, default=0, help="token that the stream is moved to at its start")
     add("--read", type=int, default=960, help="tokens read in a turn")
     add("--make", type=int, default=32, help="tokens made in a turn")
-    add("--pair-every", type=int, default=4, help="turns after which a young copy is timed too")
+    add("--pair-every", type=int, default=1, help="turns after which a young copy is timed too")
     add("--seed", type=int, default=0, help="seed of weights, text and sampling")
     add("--json", type=Path, help="write all figures here")
     return parser.parse_args(argv)
@@ -188,7 +188,7 @@ class Soak:
             old = self._turn(self.stream)
             samples.add(**old)
             if turns % args.pair_every == 0:
-                samples.add(old_over_young=old["wall_ms"] / self._turn(young)["wall_ms"])
+                samples.add(old_over_young=old["wall_ms"] / self._make(young))
             samples.add(
                 rss_mb=self.process.memory_info().rss / 1e6,
                 active_mb=mx.get_active_memory() / 1e6,
@@ -254,22 +254,25 @@ def move(stream: Stream, target: int) -> None:
     stream._loop.position = stream.caches[0].tokens
 
 
-def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
+def slopes(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Return how much a straight line through each column rises, in percent of its mean.
 
-    The first row is warm-up. A process that goes on with a run holds other memory than the one
-    before: of several the one with the most rows counts.
+    The second figure is the standard error of the first. The first row is warm-up. A process
+    that goes on with a run holds other memory than the one before: of several the one with the
+    most rows counts.
     """
     runs = [r["run"] for r in rows[1:]]
-    if not runs:
-        return {}
     steady = [r for r in rows[1:] if r["run"] == statistics.mode(runs)]
-    result: dict[str, float] = {}
+    if len(steady) < 3:
+        return {}
+    result: dict[str, tuple[float, float]] = {}
     for name in list(COLUMNS)[:-1]:
         values = np.array([r[name] for r in steady])
-        if len(values) > 1 and values.mean() > 0:
-            rise = np.polyfit(np.arange(len(values)), values, 1)[0] * (len(values) - 1)
-            result[name] = float(100 * rise / values.mean())
+        at = np.arange(len(values)) - (len(values) - 1) / 2
+        slope = float(at @ values / (at @ at))
+        spread = np.sum((values - values.mean() - slope * at) ** 2) / (len(values) - 2)
+        percent = 100 * (len(values) - 1) / max(values.mean(), 1e-12)
+        result[name] = slope * percent, float(np.sqrt(spread / (at @ at))) * percent
     return result
 
 
@@ -280,17 +283,20 @@ def row(values: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Write all rows, and the slopes."""
+    """Write all rows, and the slopes with their standard errors."""
     found = slopes(rows)
-    ends = [f"{found[name]:+.2f}" if name in found else "" for name in COLUMNS]
+    rises, errors = (
+        [f"{found[n][i]:+.2f}" if n in found else "" for n in COLUMNS] for i in (0, 1)
+    )
     titles = [title for title, _ in COLUMNS.values()]
-    return "\n".join([_line("to token", titles), *map(row, rows), _line("slope, %", ends)])
+    last = _line("slope, %", rises), _line("error, %", [e.lstrip("+") for e in errors])
+    return "\n".join([_line("to token", titles), *map(row, rows), *last])
 
 
 def _line(first: str, cells: list[str]) -> str:
     titles = [title for title, _ in COLUMNS.values()]
     padded = [cell.rjust(len(title) + 2) for cell, title in zip(cells, titles, strict=True)]
-    return first.rjust(11) + "".join(padded)
+    return first.rjust(12) + "".join(padded)
 
 
 if __name__ == "__main__":

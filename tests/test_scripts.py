@@ -173,7 +173,7 @@ def test_soak_goes_on_and_drifts_nowhere(
     table = capsys.readouterr().out.splitlines()
     result = json.loads(figures.read_text())
     rows = result["rows"]
-    assert len(rows) == 5 == len(table) - 2
+    assert len(rows) == 5 == len(table) - 3
     assert rows[-1]["to"] - start > 15_000
     assert [row["run"] for row in rows] == [1, 1, 2, 2, 2]
     assert 0 < max(row["drift"] for row in rows) < 1e-3
