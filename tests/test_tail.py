@@ -115,6 +115,23 @@ def test_what_a_rotated_file_did_not_finish_is_a_line(file: Path):
     assert all_of(tail) == ["one\n", "two\n", "last words", "new\n"]
 
 
+def test_what_comes_just_before_the_new_file_is_not_lost(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Written after the last look at the old file, before the look at its name."""
+    tail, plain = Tail(str(file)), os.stat
+
+    def stat(path: str) -> os.stat_result:
+        monkeypatch.setattr(os, "stat", plain)
+        file.rename(file.with_name("log.1"))
+        append(file.with_name("log.1"), "late\n")
+        file.write_text("new\n")
+        return plain(path)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert [*all_of(tail), *all_of(tail)] == ["one\n", "two\n", "late\n", "new\n"]
+
+
 def test_a_file_cut_off_is_read_from_its_beginning(file: Path):
     said: list[str] = []
     tail = Tail(str(file), say=said.append)

@@ -20,8 +20,19 @@ import mlx_lm
 import pytest
 from folder import make_folder
 
-from mlx_sink import ConfigError, OutputError, SessionError, SinkConfig, Stream, attach, cli, store
+from mlx_sink import (
+    ConfigError,
+    InputError,
+    OutputError,
+    SessionError,
+    SinkConfig,
+    Stream,
+    attach,
+    cli,
+    store,
+)
 from mlx_sink.generate import main
+from mlx_sink.prompt import frame, render_again
 
 SAMPLING = shlex.split("--temp 0.9 --top-p 0.95 --repetition-penalty 1.2 --seed 3 --ignore-eos")
 PROMPT = ["-p", "the cat and the dog went to the sea " * 5, "--prefill-step-size", "16"]
@@ -151,6 +162,23 @@ def test_later_turns_are_what_the_chat_template_writes(
     assert statistics["prompt_tokens"] == len(new)
 
 
+def test_an_end_that_the_template_writes_too_is_read_once(chat_folder: Path):
+    tokenizer = mlx_lm.load(str(chat_folder))[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    around = frame(tokenizer, system="the sea")
+    assert around == ("[system]the sea[user]", "[assistant]", "</s>[user]", False)
+    end = tokenizer.eos_token_id
+    cut_short, ended = (render_again(tokenizer, "the", around, how) for how in (False, True))
+    assert cut_short == [end, *ended]
+    assert tokenizer.decode(ended) == "[user]the"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | lower }}{% endfor %}"
+    with pytest.raises(InputError, match="--ignore-chat-template"):
+        frame(tokenizer)
+
+
 CONTRADICTIONS = {
     "temp": ["--temp", "0.5"],
     "top-p": ["--top-p", "0.5"],
@@ -245,9 +273,12 @@ def test_a_session_of_another_model_is_refused(run: Run, folder: Path, tmp_path:
     assert file.read_bytes() == before
 
 
-def test_a_session_that_cannot_be_written_is_told_before_the_work(run: Run, tmp_path: Path):
+def test_a_session_that_cannot_be_written_is_told_before_the_work(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(OutputError, match="No such file"):
         run("-p", "the cat", "--session", str(tmp_path / "nowhere" / "s"), "-m", "5", *SMALL)
+    assert capsys.readouterr().out == ""
 
 
 # A full disk.
