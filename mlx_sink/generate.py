@@ -21,6 +21,7 @@ from mlx_sink.follow import Follower
 from mlx_sink.load import DEMO, load_unattached
 from mlx_sink.report import Report, format_bytes
 from mlx_sink.runner import Answering, Runner
+from mlx_sink.session import Described
 from mlx_sink.stream import Stream
 
 PROG = "python -m mlx_sink.generate"
@@ -85,11 +86,11 @@ class _Run:
             trust_remote_code=args.trust_remote_code,
         )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.asked = Asked(args, self.tokenizer, fresh=saved is None)
+        self.asked = Asked(args, self.tokenizer, fresh=not (saved and saved.position))
         self.plan: budget.Plan | None = None
-        self.report = self._attach(loaded.context, saved[0] if saved else None)
+        self.report = self._attach(loaded.context, saved)
         how = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
-        note: dict[str, Any] = saved[1] if saved else {}
+        note: dict[str, Any] = saved.note if saved else {}
         note["settings"] = how | turns.settings(args)
         for token in args.extra_eos_token:
             self.tokenizer.add_eos_token(token)
@@ -109,12 +110,15 @@ class _Run:
     def _say(self, line: str) -> None:
         print(f"session {str(self.file)!r}: {line}", file=sys.stderr, flush=True)
 
-    def _attach(self, context: int | None, saved: SinkConfig | None) -> Report:
+    def _attach(self, context: int | None, saved: Described | None) -> Report:
         args = self.args
         num_sinks, window = args.num_sinks, args.window
         if args.pin_system_prompt:
             num_sinks = max(self.asked.pinned(), num_sinks or 0)
-        config = saved or SinkConfig.for_context(context, num_sinks, window)
+        if saved:
+            config = SinkConfig.from_dict(saved.config)
+        else:
+            config = SinkConfig.for_context(context, num_sinks, window)
         config.check_context(context)
         if args.memory is None:
             return attach(self.model, config)
@@ -174,7 +178,7 @@ class _Run:
         statistics: dict[str, Any] = {
             "model": self.args.model,
             "prompt_tokens": self.runner.tokens_read,
-            "prompt_tps": round(last.prompt_tps, 3) if last else None,
+            "prompt_tps": round(self.runner.reading_tps, 3),
             "generation_tokens": self.runner.tokens_made,
             "generation_tps": round(last.generation_tps, 3) if last else None,
             "finish_reason": last.finish_reason if last else None,

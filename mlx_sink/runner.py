@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class Runner:
             tells that the last token is an end-of-text token.
         last: The last token's response.
         tokens_read: Tokens read in this run.
+        reading_s: Seconds that it took.
         tokens_made: Tokens made in this run.
         failures: Saves that failed in this run.
     """
@@ -74,6 +76,7 @@ class Runner:
         self.step = step
         self.last: GenerationResponse | None = None
         self.tokens_read = self.tokens_made = self.failures = 0
+        self.reading_s = 0.0
         self._show = show
         self._file, self._every = file, save_every
         self._note = {} if note is None else note
@@ -109,8 +112,15 @@ class Runner:
                     self.stream.cancel()
                 self.save_if_due()
 
+        began = time.perf_counter()
         read = self.stream.feed(tokens, prefill_step_size=self.step, progress=between)
         self.tokens_read += read
+        self.reading_s += time.perf_counter() - began
+
+    @property
+    def reading_tps(self) -> float:
+        """Tokens read in a second."""
+        return self.tokens_read / max(self.reading_s, 1e-9)
 
     def answer(self) -> str | None:
         """Write until the answer of ``place["made"]`` tokens so far is over.

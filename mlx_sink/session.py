@@ -105,15 +105,29 @@ def save(
         store.write(path, held, arrays)
 
 
-def described(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that a session was made with, and its note, before any model is there.
+class Described(NamedTuple):
+    """What a session says of itself, to be believed only as far as it is checked.
+
+    Attributes:
+        config: The settings that it was made with.
+        note: What the saver noted.
+        position: Tokens read and made.
+    """
+
+    config: dict[str, Any]
+    note: dict[str, Any]
+    position: int
+
+
+def described(path: Path) -> Described:
+    """Return what can be said of a session before its model is loaded.
 
     Raises:
         SessionError: The file is unsound.
     """
     held, _ = store.read(path)
     try:
-        return dict(held["config"]), dict(held["note"])
+        return Described(dict(held["config"]), dict(held["note"]), _natural(held["position"]))
     except (KeyError, TypeError, ValueError):
         raise SessionError(f"session {str(path)!r} says nothing of its settings") from None
 

@@ -14,6 +14,7 @@ from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, SessionError, SinkError
 from mlx_sink.loop import Progress
 from mlx_sink.runner import SAVE_EVERY, Runner
+from mlx_sink.session import Described
 
 OTHERS = ("seed", "stop", "extra_eos_token", "ignore_eos")
 """Options besides those of sampling on which the text depends."""
@@ -50,7 +51,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def restore(
     args: argparse.Namespace, stated: dict[str, Any], defaults: dict[str, Any]
-) -> tuple[SinkConfig, dict[str, Any]] | None:
+) -> Described | None:
     """Read what the session says of itself, and put its settings into the arguments.
 
     Args:
@@ -59,7 +60,7 @@ def restore(
         defaults: What they are when not given.
 
     Returns:
-        The session's configuration and note; ``None`` if there is no such file yet.
+        The session; ``None`` if there is no such file yet.
 
     Raises:
         SessionError: The file is unsound, or not a command's.
@@ -68,7 +69,8 @@ def restore(
     path = Path(args.session)
     if not path.exists():
         return None
-    config, note = session.described(path)
+    found = session.described(path)
+    config, note, _ = found
     made_with = note.get("settings", {})
     _check(path, config, note, defaults)
     for name, value in made_with.items():
@@ -79,7 +81,7 @@ def restore(
         pinned = name == "num_sinks" and args.pin_system_prompt
         if stated.get(name, value) != value and not pinned:
             _refuse(path, name, value, stated[name])
-    return SinkConfig.from_dict(config), note
+    return found
 
 
 def _check(

@@ -30,6 +30,7 @@ from mlx_sink import (
     attach,
     cli,
     store,
+    turns,
 )
 from mlx_sink.generate import main
 from mlx_sink.prompt import frame, render_again
@@ -133,6 +134,24 @@ def test_the_same_question_twice_is_asked_twice(run: Run, tmp_path: Path):
     run(*argv)
     statistics = json.loads(run(*argv, "--json")[1].splitlines()[-1])
     assert statistics["prompt_tokens"] > 0
+
+
+def test_a_run_killed_before_it_read_anything_begins_anew(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its file holds an empty stream, and its luck."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    argv = [*SAMPLING, *SMALL, "-m", "20", "--session", str(tmp_path / "s")]
+    with monkeypatch.context() as patch:
+        patch.setattr(turns, "take", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(*argv)
+    text, said = run(*argv)
+    assert "at token 0" in said
+    assert run(*argv[:-1], str(tmp_path / "t"))[0] == text
 
 
 def test_without_the_prompt_it_cannot_read_on(
