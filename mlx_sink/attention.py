@@ -7,8 +7,10 @@ import mlx.core as mx
 from mlx_sink import reference
 from mlx_sink.kernels import selfcheck
 from mlx_sink.kernels.decode import decode, fits, tables_of
+from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.ring import Block, Layout, Turn, blocks_of
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import Packed
 
 BLOCK = 64
 """Queries attended together: keys that none of them sees are never multiplied.
@@ -30,6 +32,7 @@ def sink_attention(
     scale: float,
     softcap: float | None = None,
     learned_sinks: mx.array | None = None,
+    packed: tuple[Packed, Packed] | None = None,
 ) -> mx.array:
     """Attend from new tokens to the sinks and the window, at StreamingLLM's distances.
 
@@ -47,15 +50,18 @@ def sink_attention(
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the softmax (Gemma 2).
         learned_sinks: A logit a head, ``[n_heads]``, that takes its share of the softmax and has
             no value (gpt-oss).
+        packed: The same keys and values as they are held, if quantised.
 
     Returns:
         ``[B, n_heads, L, v_head_dim]``.
 
     Rule: where no key of a block needs a turn (before the first wrap, without sinks, or in a
     layer without positions) and no score is capped, MLX's fused attention; elsewhere, for a
-    call of at most 8 new tokens whose keys lie in at most 8 ranges (`kernels.decode.fits`), the
-    kernel `kernels.decode` if it has passed its check on this machine, for as many tokens
-    (`kernels.selfcheck.serves`); for everything else `reference.attend`.
+    call of at most 8 new tokens whose keys lie in at most 8 ranges (`kernels.decode.fits`) and
+    begin with the rotated dimensions, the kernel `kernels.decode` if it has passed its check on
+    this machine, for as many tokens (`kernels.selfcheck.serves`); for everything else
+    `reference.attend`. Quantised keys and values go to `kernels.decode_packed` wherever that fits
+    and has passed its check; elsewhere they are expanded first, and then are as any others.
     """
     turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window
@@ -75,10 +81,32 @@ def sink_attention(
     def attend(block: Block) -> mx.array:
         rows = slice(block.first - start, block.last - start)
         q = queries if block.n == layout.n else queries[:, :, rows]
+        if (
+            packed is not None
+            and rotation.start == 0
+            and fits(layout, block, packed=True)
+            and selfcheck.serves(
+                *(q, keys, values, rotation),
+                softcap=softcap,
+                learned_sinks=learned_sinks,
+                packed=packed,
+            )
+        ):
+            tables = tables_of(layout, block, rotation, packed=True)
+            return decode_packed(
+                *(q, *packed, tables),
+                scale=scale,
+                softcap=softcap,
+                learned_sinks=learned_sinks,
+            )
         if softcap is None and (rotation.is_identity or block.turns == STILL):
             return reference.attend_fused(q, keys, values, block, window, scale, learned_sinks)
-        if fits(layout, block) and selfcheck.serves(
-            *(q, keys, values, rotation), softcap=softcap, learned_sinks=learned_sinks
+        if (
+            rotation.start == 0
+            and fits(layout, block)
+            and selfcheck.serves(
+                *(q, keys, values, rotation), softcap=softcap, learned_sinks=learned_sinks
+            )
         ):
             tables = tables_of(layout, block, rotation)
             return decode(

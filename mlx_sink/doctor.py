@@ -1,7 +1,8 @@
 """``python -m mlx_sink.doctor``: is the kernel right on this machine, and what does it gain?
 
 Checks every common specialisation anew, whatever verdict was kept, and times one decode step of
-one attention layer. Without Metal it times what serves there.
+one attention layer. Without Metal it times what serves there. What use has found about other
+specialisations (learned sinks, unusual heads) is in the verdicts that were kept, which it lists.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def examine(
 
     Returns:
         A JSON-ready dictionary: ``machine``, ``metal``, ``backend`` (``metal``, ``cuda`` or
-        empty), ``ring`` and a list of ``kernels``.
+        empty), ``ring``, a list of ``kernels``, and the verdicts ``kept`` from use.
     """
     available = source.is_available()
     kernels: list[dict[str, Any]] = []
@@ -171,6 +172,7 @@ def examine(
         "backend": source.backend(),
         "ring": {**config.to_dict(), "n_kv_heads": N_KV_HEADS},
         "kernels": kernels,
+        "kept": selfcheck.kept() if available else [],
     }
 
 
@@ -219,6 +221,10 @@ def as_text(found: dict[str, Any]) -> str:
         )
         if row["passed"] is False:
             lines.append(f"    {row['reason']}")
+    if found["kept"]:
+        wrong = [row for row in found["kept"] if not row["passed"]]
+        lines.append(f"verdicts kept from use: {len(found['kept'])}, {len(wrong)} of them WRONG")
+        lines += [f"{row['kernel']}\n    {row['reason']}" for row in wrong]
     return "\n".join(lines) + "\n"
 
 

@@ -6,23 +6,26 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from tqdm import tqdm
 
 from mlx_sink import budget, cli, follow, sampling, turns
 from mlx_sink.asked import Asked
 from mlx_sink.attach import attach
-from mlx_sink.config import SinkConfig
+from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.follow import Follower
-from mlx_sink.load import DEMO, load_unattached
-from mlx_sink.report import Report, format_bytes
+from mlx_sink.load import DEMO, load_draft, load_unattached
+from mlx_sink.report import Report
 from mlx_sink.runner import Answering, Runner
 from mlx_sink.session import Described
 from mlx_sink.stream import Stream
+from mlx_sink.summary import summary
 
 PROG = "python -m mlx_sink.generate"
 DEMO_TEMP = 0.7
@@ -62,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     turns.add_options(p)
     follow.add_options(p)
     sampling.add_options(p)
+    cli.add_draft_options(p)
     p.add_argument("--seed", type=int, help="seed of the random numbers")
     p.add_argument(
         "--prefill-step-size", type=int, default=2048, help="tokens read at once (2048)"
@@ -95,13 +99,14 @@ class _Run:
         for token in args.extra_eos_token:
             self.tokenizer.add_eos_token(token)
         self.chosen = sampling.sampling(how, self.tokenizer)
+        draft = self._draft_options()
         if saved and self.file:
-            self.stream = Stream.resume(self.file, self.model, self.tokenizer)
+            self.stream = Stream.resume(self.file, self.model, self.tokenizer, **draft)
             written = note.get("place", {}).get("written", 0)
             self._say(f"going on at token {self.stream.position}, after {written} bytes of text")
         else:
             window = sampling.penalty_window(how)
-            options: dict[str, Any] = {"seed": args.seed, "penalty_window": window}
+            options: dict[str, Any] = {"seed": args.seed, "penalty_window": window} | draft
             self.stream = Stream(self.model, self.tokenizer, **options)
         self.resumed_at = self.stream.position if saved else None
         self.note = note
@@ -119,6 +124,7 @@ class _Run:
             config = SinkConfig.from_dict(saved.config)
         else:
             config = SinkConfig.for_context(context, num_sinks, window)
+            config = replace(config, rollback=_num_draft_tokens(args) if args.draft_model else 0)
         config.check_context(context)
         if args.memory is None:
             return attach(self.model, config)
@@ -129,6 +135,19 @@ class _Run:
             self.plan = budget.plan(self.model, limit, config, prefill_step_size=step)
         print(self.plan, file=sys.stderr)
         return self.plan.report
+
+    def _draft_options(self) -> dict[str, Any]:
+        """Load the draft model, if there is to be one."""
+        args = self.args
+        if args.draft_model is None:
+            return {}
+        model: nn.Module = load_draft(
+            args.draft_model,
+            self.tokenizer,
+            self.report.config,
+            trust_remote_code=args.trust_remote_code,
+        )
+        return {"draft_model": model, "num_draft_tokens": _num_draft_tokens(args)}
 
     def go(self, interrupted: Callable[[], bool]) -> None:
         """Read, write, and save, until it is done or interrupted."""
@@ -196,27 +215,11 @@ class _Run:
                 "text_bytes": self.runner.place["written"],
                 "failed_saves": self.runner.failures,
             }
+        if self.args.draft_model:
+            guessed, right = self.stream.drafted
+            rate = round(right / guessed, 4) if guessed else None
+            statistics["draft"] = {"guessed": guessed, "accepted": right, "acceptance_rate": rate}
         return statistics | ({"memory": self.plan.to_dict()} if self.plan else {})
-
-
-def _summary(s: dict[str, Any]) -> str:
-    def rate(tps: float | None) -> str:
-        return f" at {tps:.1f} tok/s" if tps else ""
-
-    lines = [
-        f"read {s['prompt_tokens']} tokens{rate(s['prompt_tps'])}, "
-        f"made {s['generation_tokens']}{rate(s['generation_tps'])}; "
-        f"the stream stands at token {s['position']}",
-        f"cache {format_bytes(s['cache_bytes'])} ({s['num_sinks']} sinks + window "
-        f"{s['window']}; {format_bytes(s['cache_bytes_full'])} when full), "
-        f"peak memory {format_bytes(s['peak_memory_bytes'])}",
-    ]
-    if s["model"] == DEMO:
-        lines.append(
-            "this was the small demo model; for a real one: "
-            f"{PROG} --model mlx-community/Llama-3.2-3B-Instruct-4bit"
-        )
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,9 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             run.close()
     statistics = run.statistics()
-    print(json.dumps(statistics) if args.json else _summary(statistics), file=sys.stderr)
+    print(json.dumps(statistics) if args.json else summary(statistics, PROG), file=sys.stderr)
     ended = args.follow is not None and interrupt.status == cli.STATUS_INTERRUPTED
     return 0 if ended else interrupt.status
+
+
+def _num_draft_tokens(args: argparse.Namespace) -> int:
+    return NUM_DRAFT_TOKENS if args.num_draft_tokens is None else args.num_draft_tokens
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -247,6 +254,10 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} must be at least 1, got {getattr(args, name)}")
+    if args.num_draft_tokens is not None and args.draft_model is None:
+        raise ConfigError("--num-draft-tokens needs --draft-model")
+    if _num_draft_tokens(args) < 1:
+        raise ConfigError(f"--num-draft-tokens must be at least 1, got {args.num_draft_tokens}")
     SinkConfig(
         num_sinks=0 if args.num_sinks is None else args.num_sinks,
         window=1 if args.window is None else args.window,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +14,8 @@ import mlx_lm
 
 from mlx_sink.attach import attach
 from mlx_sink.config import SinkConfig
-from mlx_sink.errors import ModelError
+from mlx_sink.draft import check_vocabulary
+from mlx_sink.errors import ConfigError, ModelError
 
 DEMO = "demo"
 """The name of the model that is part of this package."""
@@ -59,6 +61,34 @@ def load(
     config.check_context(context)
     attach(model, config)
     return model, tokenizer
+
+
+def load_draft(
+    path_or_repo: str | Path, tokenizer: Any, config: SinkConfig, **options: Any
+) -> nn.Module:
+    """Load a draft model for a model, and attach to it.
+
+    Args:
+        path_or_repo: As in `load`.
+        tokenizer: The model's tokenizer.
+        config: What the model keeps; the draft keeps as much of it as its own context holds.
+        options: As in `load`.
+
+    Raises:
+        ModelError: Also when the tokenizers do not match.
+        UnsupportedModelError: As in `load`.
+        ConfigError: The draft's trained context does not even hold the sinks.
+    """
+    model, draft_tokenizer, context = load_unattached(path_or_repo, **options)
+    check_vocabulary(tokenizer, draft_tokenizer)
+    window = config.window if context is None else min(config.window, context - config.num_sinks)
+    if window < 1:
+        raise ConfigError(
+            f"the draft model's context of {context} tokens does not hold the "
+            f"{config.num_sinks} sinks"
+        )
+    attach(model, replace(config, window=window))
+    return model
 
 
 def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:

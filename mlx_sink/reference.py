@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_sink.ring import Block, Span, Turn
+from mlx_sink.ring import Block, Layout, Span, Turn
 
 
 def attend(
@@ -118,6 +119,18 @@ def visible(block: Block, window: int) -> mx.array:
         for r in block.ranges
     ]
     return _visible(block.n, window, tuple((lead, r.length, r.sinks) for lead, r in spans))
+
+
+@lru_cache(maxsize=4)
+def mask_of(layout: Layout) -> mx.array:
+    """Return which query of a call sees which of its rows, ``[n, rows]`` bool.
+
+    All layers whose rings are alike get the same array.
+    """
+    token = np.concatenate([np.arange(run.token, run.token + run.length) for run in layout.runs])
+    query = np.arange(layout.ring.tokens, layout.end)[:, None]
+    near = (token > query - layout.ring.window) | (token < layout.ring.num_sinks)
+    return mx.array(cast("Any", (token <= query) & near))
 
 
 @lru_cache(maxsize=4)

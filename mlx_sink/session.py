@@ -19,6 +19,7 @@ from mlx import utils
 from mlx_sink import store
 from mlx_sink.attach import make_cache
 from mlx_sink.errors import CacheError, SessionError
+from mlx_sink.group import leaves
 from mlx_sink.loop import Loop
 from mlx_sink.ring import Ring
 from mlx_sink.trees import pack, unpack
@@ -97,7 +98,7 @@ def save(
             "config": _config(loop.model),
             "position": loop.position,
             "recent": list(loop.recent),
-            "penalty_window": loop.recent.maxlen,
+            "penalty_window": loop.penalty_window,
             "caches": caches,
             "text": text,
             "note": dict(note),
@@ -170,17 +171,19 @@ def _restored(model: nn.Module, held: dict[str, Any], arrays: dict[str, mx.array
         state = unpack(packed, arrays)
         if name != type(cache).__name__ or not _fits(state, template):
             raise ValueError(name)
-        fresh = getattr(cache, "ring", None)
+        fresh = [getattr(part, "ring", None) for part in leaves([cache])]
         cache.state = state
-        if getattr(cache, "tokens", position) != position:
-            raise ValueError(position)
-        if fresh is not None:
-            _check_ring(fresh, cast("Any", cache).ring, state)
+        for part, ring in zip(leaves([cache]), fresh, strict=True):
+            # A cache that its model never feeds stays at 0.
+            if not part.empty() and getattr(part, "tokens", position) != position:
+                raise ValueError(position)
+            if ring is not None:
+                _check_ring(ring, part.ring, part.state)
     key = arrays["key"]
     if key.dtype != mx.uint32 or key.shape != (2,):
         raise ValueError(key)
     window = max(1, _natural(held["penalty_window"]))
-    loop = Loop(model, cast("list[Any]", caches), key=key, penalty_window=window)
+    loop = Loop(model, caches, key=key, penalty_window=window)
     loop.position = position
     loop.recent.extend(_natural(token, expected.shape[-1]) for token in held["recent"])
     logits = arrays.get("logits")

@@ -36,7 +36,6 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_sink import SinkCache, SinkConfig, SinkError, attach
 from mlx_sink.attention import sink_attention
-from mlx_sink.rope import Rotation
 
 SECTIONS = ("position", "decode", "prefill", "bytes")
 EARLY = 2048
@@ -207,7 +206,7 @@ def attention_sides(
     Both get the same chunks of queries, keys and values and update their cache. The masks of
     mlx-lm are made beforehand: all layers of a model share them.
     """
-    rotation, scale, capacity = Rotation.of(model.layers[0].self_attn.rope), 0.125, config.capacity
+    rotation, scale, capacity = model.make_cache()[0].rotation, 0.125, config.capacity
     sizes = [args.chunk] * (args.prefill // args.chunk)
     heads = (args.heads, args.kv_heads, args.kv_heads)
     chunks = [

@@ -78,6 +78,13 @@ SETTINGS = {
         ["--presence-context-size", "0"],
         ["--presence-context-size", "at least 1"],
     ),
+    "drafts of nothing": (["--num-draft-tokens", "2"], ["--num-draft-tokens", "--draft-model"]),
+    "no drafts": (
+        ["--draft-model", "demo", "--num-draft-tokens", "0"],
+        ["--num-draft-tokens", "got 0"],
+    ),
+    "draft of another family": (["--draft-model", "demo"], ["tokenizer does not match"]),
+    "no draft model": (["--draft-model", "./nowhere"], ["'./nowhere' does not exist"]),
     "pin nothing": (["--pin-system-prompt"], ["--pin-system-prompt", "--system-prompt"]),
     "session is a folder": (["--session", "."], ["session '.'", "directory"]),
     "session nowhere": (["--session", "no/where"], ["cannot save", "no/where", "No such file"]),

@@ -50,7 +50,38 @@ def test_a_right_kernel(capsys: pytest.CaptureFixture[str], tmp_path: Path):
         assert row["max_error"] < 2e-6
         assert row["kernel_us"] > 0
     assert {"gpu", "architecture", "text"} <= set(found["machine"])
-    assert not list(tmp_path.iterdir()), "it neither reads nor keeps verdicts"
+    assert found["kept"] == []
+    assert not list(tmp_path.iterdir()), "it keeps no verdicts"
+
+
+@pytest.mark.usefixtures("metal")
+def test_what_use_has_found_is_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """A kernel that failed in use may be none of the common ones: its report must be there."""
+    specs = [
+        selfcheck.Specialisation(mx.float32, 2, 16, 16, 1, 16, False, learned_sinks=learned)
+        for learned in (True, False)
+    ]
+    assert selfcheck.verdict_of(specs[1]).passed
+    with monkeypatch.context() as patch:
+        wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
+        patch.setattr(selfcheck, "check", lambda spec: wrong)
+        selfcheck.verdict_of(specs[0])
+        # Of another machine, and unreadable: neither is of this machine.
+        patch.setattr(source, "stamp", lambda *names: "another text")
+        selfcheck.verdict_of(specs[0])
+    (tmp_path / "broken.json").write_text("[")
+    assert main([*SMALL, "--dtype", "float32", "--queries", "1", "--json"]) == 0
+    kept = json.loads(capsys.readouterr().out)["kept"]
+    assert {row["kernel"]: row["passed"] for row in kept} == {
+        specs[0].name: False,
+        specs[1].name: True,
+    }
+    assert main([*SMALL, "--dtype", "float32", "--queries", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "verdicts kept from use: 2, 1 of them WRONG" in out
+    assert f"{specs[0].name}\n    its results are off by 0.25" in out
 
 
 @pytest.mark.usefixtures("metal")

@@ -26,7 +26,7 @@ MAX_QUERIES = 8
 MAX_RANGES = 8
 """Rows of the range table: runs of live keys under one turn."""
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-TEXTS = ("decode_common", "decode", "decode_merge")
+TEXTS = ("decode_common", "decode_plain", "decode", "decode_merge")
 """Files of kernel text."""
 
 _FAR = 1 << 30
@@ -74,26 +74,32 @@ class Tables:
         )
 
 
-def fits(layout: Layout, block: Block) -> bool:
+def fits(layout: Layout, block: Block, packed: bool = False) -> bool:
     """Tell whether a block of a call is small enough for the kernel.
 
     The end of a long chunk is not, whatever its size: every number of queries is compiled and
     checked for itself, and chunks would ask for all of them.
     """
-    pieces = block.spans if block.n == 1 else block.ranges
+    pieces = block.spans if block.n == 1 and not packed else block.ranges
     return layout.n <= MAX_QUERIES and len(pieces) <= MAX_RANGES
 
 
 @functools.lru_cache(maxsize=4)
-def tables_of(layout: Layout, block: Block, rotation: Rotation) -> Tables:
+def tables_of(layout: Layout, block: Block, rotation: Rotation, *, packed: bool = False) -> Tables:
     """Make the tables of a block of queries; all layers of a model ask for the same in a step.
+
+    Args:
+        layout: The call.
+        block: Its queries.
+        rotation: The layer's rotary embedding.
+        packed: No range is to have sinks and others: they are held in different arrays.
 
     Raises:
         KernelError: More queries or ranges than the kernel serves.
     """
     if not 1 <= block.n <= MAX_QUERIES:
         raise KernelError(f"queries must be 1 to {MAX_QUERIES}, got {block.n}")
-    rows = _range_rows(block, layout.ring.window)
+    rows = _range_rows(block, layout.ring.window, packed)
     if len(rows) > MAX_RANGES:
         raise KernelError(f"the keys must lie in at most {MAX_RANGES} ranges, got {len(rows)}")
     ranges = np.zeros((1, MAX_RANGES, 8), np.int32)
@@ -109,8 +115,8 @@ def tables_of(layout: Layout, block: Block, rotation: Rotation) -> Tables:
     )
 
 
-def _range_rows(block: Block, window: int) -> list[tuple[int, ...]]:
-    if block.n == 1:
+def _range_rows(block: Block, window: int, packed: bool) -> list[tuple[int, ...]]:
+    if block.n == 1 and not packed:
         # Everything in the ranges is visible: neighbours under one turn are one range.
         return [(s.start, s.stop - s.start, int(s.turn), 0, 0, 0, 0, 0) for s in block.spans]
     rows: list[tuple[int, ...]] = []
@@ -172,7 +178,8 @@ def decode(
         keys: ``[B, n_kv_heads, rows, head_dim]`` after RoPE: a ring or any view of one, which
             is read where it lies. Where a row's elements are neighbours, rows lie 4 elements
             or a multiple of that apart and begin likewise (a view ``[..., 1:]`` does not): the
-            kernel loads up to 16 bytes at once.
+            kernel loads up to 16 bytes at once. MLX does not tell strides before an array is
+            computed, so this is the caller's to keep; the library's own rings do.
         values: ``[B, n_kv_heads, rows, v_head_dim]``, likewise.
         tables: Which rows each sequence sees, and how its queries are turned.
         scale: Factor on q.k.
@@ -187,7 +194,7 @@ def decode(
     Raises:
         KernelError: A shape or dtype does not fit; the message names the argument.
     """
-    launch = _launch(
+    launch = launch_of(
         tuple(queries.shape),
         tuple(keys.shape),
         tuple(values.shape),
@@ -197,12 +204,26 @@ def decode(
         (softcap is not None, None if learned_sinks is None else tuple(learned_sinks.shape)),
         splits,
     )
-    learned = _zeros() if learned_sinks is None else _padded(learned_sinks)
-    (out,) = _pass_1()(
-        inputs=[
-            *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
-            *(learned, _scalars(scale, softcap)),
-        ],
+    inputs = [
+        *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
+        *(logits(learned_sinks), scalars(scale, softcap)),
+    ]
+    return launched(_pass_1(), launch, inputs, queries.dtype)
+
+
+def launched(
+    pass_1: source.Kernel, launch: Launch, inputs: Sequence[mx.array], dtype: mx.Dtype
+) -> mx.array:
+    """Launch a first pass, and the second if there are splits to merge.
+
+    Args:
+        pass_1: The kernel.
+        launch: Its grid and template.
+        inputs: Its inputs; the sixth are the learned sinks.
+        dtype: Of the result.
+    """
+    (out,) = pass_1(
+        inputs=inputs,
         template=launch.template,
         grid=launch.grid,
         threadgroup=launch.threadgroup,
@@ -212,18 +233,18 @@ def decode(
     if launch.shape == launch.out:
         return out
     (out,) = _pass_2()(
-        inputs=[out, learned],
+        inputs=[out, inputs[5]],
         template=launch.merge,
         grid=launch.merge_grid,
         threadgroup=(32, 1, 1),
         output_shapes=[launch.out],
-        output_dtypes=[queries.dtype],
+        output_dtypes=[dtype],
     )
     return out
 
 
 @functools.lru_cache(maxsize=256)
-def _launch(
+def launch_of(
     q: tuple[int, ...],
     k: tuple[int, ...],
     v: tuple[int, ...],
@@ -232,12 +253,16 @@ def _launch(
     rotation: tuple[int, bool],
     options: tuple[bool, tuple[int, ...] | None],
     splits: int | None,
+    packed: tuple[int, int, int] | None = None,
 ) -> Launch:
-    """Check a call and lay it out; once for all calls that look alike."""
+    """Check a call and lay it out; once for all calls that look alike.
+
+    The last argument is bits of keys and of values and the group size, if they are quantised.
+    """
     _check(q, k, v, dtypes, tables, rotation, options, splits)
     (B, H, L, D), n_kv, DV, dtype = q, k[1], v[3], dtypes[0]
     G = H // n_kv
-    EK, EV = _share(D), _share(DV)
+    EK, EV = (_share(dim, of_a_group=packed is not None) for dim in (D, DV))
     wide = max(EK, EV)
     # Rows that a simdgroup keeps in registers; more are shared out among up to 16 simdgroups.
     most = max(1, _REGISTERS // wide, -(-G * L // 16))
@@ -256,6 +281,8 @@ def _launch(
         *(("EK", EK), ("EV", EV), ("TILE", next(fitting, tile)), ("DIMS", rotation[0])),
         *(("INTERLEAVED", rotation[1]), ("SOFTCAP", options[0]), ("SINGLE", single)),
     ]
+    if packed is not None:
+        template += zip(("KBITS", "VBITS", "GS"), packed, strict=True)
     out = (B, H, L, DV)
     return Launch(
         template,
@@ -313,10 +340,13 @@ def _check(
         raise KernelError(f"splits must be 1 to 1024, got {splits}")
 
 
-def _share(dim: int) -> int:
-    """Return the consecutive dimensions that a lane owns: even, and dim a multiple of it."""
+def _share(dim: int, of_a_group: bool = False) -> int:
+    """Return the consecutive dimensions that a lane owns: even, and dim a multiple of it.
+
+    Quantised, they are all of one group: 32 is a multiple of it too.
+    """
     share = 2 * -(-dim // 64)
-    while dim % share:
+    while dim % share or (of_a_group and 32 % share):
         share += 2
     return share
 
@@ -335,12 +365,12 @@ def _cores() -> int:
 
 @functools.cache
 def _pass_1() -> source.Kernel:
-    return source.build("decode", "decode_common", _INPUTS, ("out",))
+    return source.build(("decode_plain", "decode"), ("decode_common",), _INPUTS, ("out",))
 
 
 @functools.cache
 def _pass_2() -> source.Kernel:
-    return source.build("decode_merge", "decode_common", ("partials", "learned"), ("out",))
+    return source.build(("decode_merge",), ("decode_common",), ("partials", "learned"), ("out",))
 
 
 @functools.cache
@@ -349,16 +379,19 @@ def _zeros() -> mx.array:
 
 
 @functools.lru_cache(maxsize=64)
-def _scalars(scale: float, softcap: float | None) -> mx.array:
+def scalars(scale: float, softcap: float | None, n_sinks: int = 0) -> mx.array:
     """Return the kernel's scalars: log2(e) goes on the scores last, as exp2 needs it."""
     log2e = math.log2(math.e)
     pair = (scale * log2e, 0.0) if softcap is None else (scale / softcap, softcap * log2e)
-    return mx.array([*pair, 0, 0, 0, 0, 0, 0], mx.float32)
+    return mx.array([*pair, n_sinks, 0, 0, 0, 0, 0], mx.float32)
 
 
-def _padded(logits: mx.array) -> mx.array:
-    logits = mx.contiguous(logits.astype(mx.float32))
-    return mx.pad(logits, (0, 8 - logits.size)) if logits.size < 8 else logits
+def logits(learned_sinks: mx.array | None) -> mx.array:
+    """Return learned sinks as a kernel reads them: float32, and at least 8."""
+    if learned_sinks is None:
+        return _zeros()
+    given = mx.contiguous(learned_sinks.astype(mx.float32))
+    return mx.pad(given, (0, 8 - given.size)) if given.size < 8 else given
 
 
 def forget() -> None:

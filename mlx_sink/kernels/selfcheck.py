@@ -15,18 +15,23 @@ import os
 import platform
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
 from mlx_sink import reference
 from mlx_sink.errors import ConfigError, KernelError
 from mlx_sink.kernels import decode, source
+from mlx_sink.kernels.decode_packed import TEXTS as PACKED_TEXTS
+from mlx_sink.kernels.decode_packed import decode_packed
+from mlx_sink.kernels.decode_packed import forget as forget_packed
 from mlx_sink.ring import Layout, Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import Packed, packed
 
 SWITCH = "MLX_SINK_KERNEL"
 """``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and
@@ -37,9 +42,10 @@ FOLDER = "MLX_SINK_CACHE"
 TOLERANCES = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 """Largest error in units of the largest output: rounding of the result, and fast::exp2."""
 
+_SINKS = 4
 _RINGS = (
-    Ring(num_sinks=4, window=203, epoch=1000, tokens=741),
-    Ring(num_sinks=4, window=203, epoch=300, tokens=660, start=600, previous=300),
+    Ring(num_sinks=_SINKS, window=203, epoch=1000, tokens=741),
+    Ring(num_sinks=_SINKS, window=203, epoch=300, tokens=660, start=600, previous=300),
 )
 """One ring has wrapped in its first epoch; the window of the other spans two epochs."""
 
@@ -62,6 +68,8 @@ class Specialisation:
     interleaved: bool
     softcap: bool = False
     learned_sinks: bool = False
+    packed: tuple[int, int, int] | None = None
+    """Bits of keys and of values, and the group size, of a quantised ring."""
 
     @property
     def name(self) -> str:
@@ -72,6 +80,8 @@ class Specialisation:
             "" if self.v_head_dim == self.head_dim else f"v{self.v_head_dim}"
         )
         options = "-softcap" * self.softcap + "-learned" * self.learned_sinks
+        if self.packed is not None:
+            options += "-k{}v{}g{}".format(*self.packed)
         rows = f"gqa{self.group}-n{self.n}"
         return f"decode-{dtype}-{dims}-{rows}-rope{self.rotated}-{pairs}{options}"
 
@@ -99,6 +109,7 @@ def serves(
     *,
     softcap: float | None = None,
     learned_sinks: mx.array | None = None,
+    packed: tuple[Packed, Packed] | None = None,
 ) -> bool:
     """Tell whether the decode kernel serves a call, checking it at the first of its kind.
 
@@ -109,6 +120,7 @@ def serves(
         rotation: The layer's rotary embedding.
         softcap: As in `decode.decode`.
         learned_sinks: As in `decode.decode`.
+        packed: The same keys and values as they are held, if quantised.
 
     Raises:
         KernelError: `SWITCH` is ``on``, and there is no Metal or the check failed.
@@ -126,6 +138,7 @@ def serves(
             *(dtype, H // n_kv, D, values.shape[3], n, rotation.dims, rotation.interleaved),
             softcap=softcap is not None,
             learned_sinks=learned_sinks is not None,
+            packed=packed and (packed[0].bits, packed[1].bits, packed[0].group_size),
         )
     )
 
@@ -185,22 +198,25 @@ def check(spec: Specialisation) -> Verdict:
     )
     rotation = _rotation(spec)
     layouts = [layout_of(ring, spec.n) for ring in _RINGS]
-    tables = decode.Tables.stack(
-        [decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation) for a in layouts]
-    )
     scale = 2.0 * spec.head_dim**-0.5
     cap, logits = _SOFTCAP if spec.softcap else None, _logits(spec, heads)
-    error = 0.0
+    error, is_packed = 0.0, spec.packed is not None
+    tables = decode.Tables.stack(
+        [
+            decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation, packed=is_packed)
+            for a in layouts
+        ]
+    )
     try:
+        run: Callable[..., mx.array] = functools.partial(decode.decode, q, k, v, tables)
+        if spec.packed is not None:
+            k_bits, v_bits, size = spec.packed
+            rows = packed(k, _SINKS, k_bits, size), packed(v, _SINKS, v_bits, size)
+            run = functools.partial(decode_packed, q, *rows, tables)
+            k, v = (x.expanded() for x in rows)
         wanted = _wanted(q, k, v, layouts, rotation, scale, cap, logits)
         for splits in (1, 3):
-            out = decode.decode(
-                *(q, k, v, tables),
-                scale=scale,
-                softcap=cap,
-                learned_sinks=logits,
-                splits=splits,
-            )
+            out = run(scale=scale, softcap=cap, learned_sinks=logits, splits=splits)
             error = max(error, _error(out, wanted))
     except (RuntimeError, ValueError) as failure:
         lines = [line for line in str(failure).splitlines() if line.strip()]
@@ -263,6 +279,7 @@ def _error(out: mx.array, wanted: mx.array) -> float:
 def forget() -> None:
     """Forget what this process has settled: tests change the machine under it."""
     decode.forget()
+    forget_packed()
     is_wanted.cache_clear()
     _is_trusted.cache_clear()
 
@@ -276,7 +293,7 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "mlx": version("mlx"),
         "backend": source.backend(),
-        "text": source.stamp(*decode.TEXTS),
+        "text": source.stamp(*decode.TEXTS, *PACKED_TEXTS),
     }
 
 
@@ -288,6 +305,22 @@ def folder() -> Path:
     if platform.system() == "Darwin":
         return Path.home() / "Library" / "Caches" / "mlx_sink"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_sink"
+
+
+def kept() -> list[dict[str, Any]]:
+    """Return the verdicts that use has left in `folder`, of this machine as it is now.
+
+    Returns:
+        Dictionaries of ``kernel`` (its name), ``passed``, ``error`` and ``reason``.
+    """
+    here, found = machine(), list[dict[str, Any]]()
+    for path in sorted(folder().glob("*.json")):
+        verdict = _read(path)
+        if verdict is not None:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if all(facts.get(name) == value for name, value in here.items()):
+                found.append({"kernel": str(facts.get("kernel")), **asdict(verdict)})
+    return found
 
 
 def _key(spec: Specialisation) -> str:
