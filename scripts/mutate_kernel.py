@@ -1,6 +1,6 @@
-"""Plant mistakes in the decode kernel's text, one at a time, and see that the tests notice each.
+"""Plant mistakes in the kernels' text, one at a time, and see that the tests notice each.
 
-A test set that no mistake can pass is what the kernel's claim to be right rests on. Prints what
+A test set that no mistake can pass is what a kernel's claim to be right rests on. Prints what
 killed each mutant, and ends with status 1 if one survived.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import _prefill_mutations
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TESTS = ROOT / "tests" / "test_kernel_decode.py"
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
@@ -32,6 +32,7 @@ class Mutation:
         bad: What takes its place.
         tests: Which tests are to notice, as pytest's ``-k`` says it.
         kind: What the runner must call it, naming the line; empty if wrong numbers tell.
+        kernel: The kernel whose tests are to notice.
     """
 
     what: str
@@ -40,6 +41,7 @@ class Mutation:
     bad: str
     tests: str
     kind: str = ""
+    kernel: str = "decode"
 
     def applied(self, text: str) -> str:
         """Return the text with the mistake.
@@ -157,6 +159,7 @@ MUTATIONS = [
              "queries"),
 ]
 # fmt: on
+MUTATIONS += [Mutation(*m, kernel="prefill") for m in _prefill_mutations.MUTATIONS]
 
 
 class _Outcome:
@@ -180,8 +183,8 @@ class _Outcome:
         return bool(self.failed) and (named or not mutation.kind)
 
 
-def outcome_of(mutation: Mutation | None, tests: str) -> _Outcome:
-    """Run the kernel's tests on a changed text until one fails."""
+def outcome_of(mutation: Mutation | None, tests: str, kernel: str = "decode") -> _Outcome:
+    """Run the tests of the mutation's kernel, or of one, on a changed text until one fails."""
     from mlx_sink.kernels import source
 
     text = source.text
@@ -195,7 +198,9 @@ def outcome_of(mutation: Mutation | None, tests: str) -> _Outcome:
         patch.setattr(source, "text", planted)
         quiet = ["-x", "-qq", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
         quiet += ["-p", "no:terminalreporter"]
-        pytest.main([str(TESTS), "-k", tests, *quiet], plugins=[outcome])
+        name = mutation.kernel if mutation else kernel
+        file = ROOT / "tests" / f"test_kernel_{name}.py"
+        pytest.main([str(file), "-k", tests, *quiet], plugins=[outcome])
     return outcome
 
 
@@ -207,9 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     chosen = [m for m in MUTATIONS if not given.only or given.only in m.what]
-    if not given.list:
+    for kernel in [] if given.list else sorted({m.kernel for m in chosen}):
         # A machine on which every test fails would seem to kill every mutant.
-        unchanged = outcome_of(None, " or ".join(sorted({m.tests for m in chosen})))
+        named = {f"({m.tests})" for m in chosen if m.kernel == kernel}
+        unchanged = outcome_of(None, " or ".join(sorted(named)), kernel)
         if unchanged.failed or not unchanged.ran:
             print(f"the text as it is fails {unchanged.failed}: {unchanged.reason}")
             return 1

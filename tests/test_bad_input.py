@@ -192,10 +192,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "index broken": (_index([]), ["weight_map"]),
     "no tokenizer": (_remove("tokenizer.json"), ["cannot load"]),
     "tokenizer cut off": (_truncate("tokenizer.json", 100), ["cannot load"]),
-    "refused model": (
-        _edit_config(layer_types=["full_attention", "sliding_attention"], sliding_window=8),
-        ["llama is not supported", "layer 1"],
-    ),
     "refused positions": (
         _edit_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         ["llama is not supported", "not a fixed rotation"],

@@ -201,13 +201,14 @@ def test_lenders_are_known_by_thread():
 
 def test_lent_rows_are_let_go_before_the_ring_is_written(monkeypatch: pytest.MonkeyPatch):
     """MLX writes in place only while nobody else holds the array: it would copy every ring."""
-    lender, take, held = cache_at(12, lends=True), SinkCache._take, list[object]()
+    lender, held = cache_at(12, lends=True), list[object]()
+    update = lender._keys.update
 
-    def noted(self: SinkCache, *given: Any) -> tuple[mx.array, mx.array]:
-        held.append(self._lent)
-        return take(self, *given)
+    def noted(*given: Any) -> Any:
+        held.append(lender._lent)
+        return update(*given)
 
-    monkeypatch.setattr(SinkCache, "_take", noted)
+    monkeypatch.setattr(lender._keys, "update", noted)
     for n in (1, 1, 3):
         fetch(lender, n)
         lender.take_layout()

@@ -25,7 +25,7 @@ from mlx_sink.attention import sink_attention
 from mlx_sink.errors import ConfigError, KernelError
 from mlx_sink.generate import main
 from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import selfcheck, source
+from mlx_sink.kernels import prefillcheck, selfcheck, source
 from mlx_sink.ring import Ring, layout_of
 from mlx_sink.rope import Rotation
 from mlx_sink.storage import packed
@@ -40,9 +40,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing settled before, and verdicts kept in a folder of the test's own."""
     monkeypatch.delenv(selfcheck.SWITCH, raising=False)
     monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path / "verdicts"))
-    selfcheck.forget()
+    prefillcheck.forget()
     yield
-    selfcheck.forget()
+    prefillcheck.forget()
 
 
 class Runner(host_metal.HostKernel):
@@ -59,8 +59,9 @@ class Runner(host_metal.HostKernel):
 
 @pytest.fixture
 def metal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with Metal, whose GPU is the runner."""
+    """A machine with Metal, whose GPU is the runner, and on which the prefill kernel is slow."""
     monkeypatch.setattr(mx.fast, "metal_kernel", Runner)
+    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 0.5)
     monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
 
@@ -295,7 +296,7 @@ def test_softcap_and_learned_sinks_are_checked_for_themselves(
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_quantised_ring_goes_to_its_own_kernel(n: int, monkeypatch: pytest.MonkeyPatch):
     """Under a verdict of its own; the ops, on the expanded rows, say what it must give."""
-    layout, rotation = layout_of(RING, n), Rotation.of(nn.RoPE(32, base=100.0))
+    layout, rotation = layout_of(RING, n), Rotation.of(rope_call(nn.RoPE(32, base=100.0), 32))
     rows = sum(run.length for run in layout.runs)
     q, k, v = (
         mx.random.normal((1, heads, length, 32), key=mx.random.key(length + heads))

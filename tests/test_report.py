@@ -60,13 +60,15 @@ def test_dictionary():
     assert values["bytes"] == report.nbytes == sum(row["bytes"] for row in values["layers"])
     assert {row["cache"] for row in values["layers"]} == {"state", "sink ring"}
     for row, layer in zip(values["layers"], report.layers, strict=True):
-        assert row.pop("bytes") == layer.slots * layer.bytes_per_token + layer.state_bytes
+        assert row.pop("bytes") == layer.nbytes
         assert row == {name: getattr(layer, name) for name in LayerReport.__slots__}
 
 
 def test_table():
     layers = [
-        LayerReport(i, "sink ring" if i % 4 == 3 else "state", "-", "-", 13 * (i % 4 == 3), 8, 100)
+        LayerReport(i, "sink ring", "-", "-", 13, 8, 3, 20)
+        if i % 4 == 3
+        else LayerReport(i, "state", "-", "-", 0, 0, state_bytes=100)
         for i in range(12)
     ]
     _, head, *rows = str(Report("m", CONFIG, tuple(layers))).splitlines()
@@ -74,7 +76,9 @@ def test_table():
     assert [row.split()[0] for row in rows] == ["9", "3"]
     assert rows[0].endswith("  0-2, 4-6, 8-10")
     assert rows[1].endswith("  3, 7, 11")
-    assert [row.split()[-4] for row in rows if "sink" in row] == [str(3 * (13 * 8 + 100))]
+    state, ring = (row.split() for row in rows)
+    assert state[4:7] == ["0", "0", "900"]
+    assert ring[5:8] == ["13", "8", str(3 * (10 * 8 + 3 * 20))]
 
 
 @pytest.mark.parametrize(

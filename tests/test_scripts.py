@@ -22,6 +22,7 @@ TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
 SMALL = shlex.split("""
     --layers 2 --hidden 32 --intermediate 48 --heads 4 --kv-heads 2 --head-dim 8 --vocab 64
     --windows 8 24 --window 16 --steps 3 --warmup 1 --prefill 48 --chunk 16 --rounds 2
+    --reading 80 --chunks 8 32
 """)
 
 
@@ -60,10 +61,13 @@ def test_bench_measures_every_section(capsys: pytest.CaptureFixture[str]):
 
     assert bench_stream.main(SMALL) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"machine", "options", "position", "decode", "prefill", "bytes"} == result.keys()
+    sections = {"position", "decode", "prefill", "reading", "bytes"}
+    assert {"machine", "options", *sections} == result.keys()
     assert all(map(math.isfinite, numbers(result)))
     assert [row["window"] for row in result["decode"]] == [8, 24]
+    assert [(row["chunk"], row["rounds"]) for row in result["reading"]] == [(8, 7), (32, 1)]
     pairs = [*result["decode"], result["prefill"]["attention"], result["prefill"]["model"]]
+    pairs += result["reading"]
     assert all(pair["ours_ms"] > 0 and pair["speedup"] > 0 for pair in pairs)
     for name in ("one_epoch", "two_epochs"):
         assert result["position"][name]["late_over_early"] > 0

@@ -121,6 +121,22 @@ def test_each_layer_has_its_own():
         assert [base_of(layer) for layer in seen] == [10.0, 20.0, None, 40.0]
 
 
+class QueriesLater(Attention):
+    """Rotates the queries once the keys are in; every other layer has no positions."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        k, v = cache.update_and_fetch(k, v)
+        return self.multiply(q if self.layer % 2 else 1.0 * self.rope(q), k, v, mask, cache)
+
+    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
+        return q, k if self.layer % 2 else 1.0 * self.rope(k, offset=position)
+
+
+def test_queries_that_are_rotated_later_are_of_their_own_layer():
+    for seen in seen_of(QueriesLater, layers=4):
+        assert [base_of(layer) for layer in seen] == [100.0, None, 100.0, None]
+
+
 def test_a_layer_with_two_embeddings_is_refused():
     with pytest.raises(UnsupportedModelError, match="more than one position embedding"):
         seen_of(made_up.TwoRopes)
@@ -198,7 +214,30 @@ def test_other_threads_are_not_watched():
 
 
 def test_watching_takes_turns():
-    """Two threads that attach at once must not leave the patch of the other one behind."""
+    """A patch over another one's, restored in the wrong order, would stay for ever."""
+    others: list[threading.Thread] = []
+    bases: list[float | None] = []
+
+    class Meanwhile(Attention):
+        def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
+            if not others:
+                others.append(threading.Thread(target=elsewhere))
+                others[0].start()
+                others[0].join(0.2)
+                assert others[0].is_alive(), "another one watches at the same time"
+            return super().rotate(q, k, position)
+
+    def elsewhere() -> None:
+        call = rope_call(nn.RoPE(8, base=7.0), 8)
+        bases.append(None if call is None else call.base)
+
+    assert [base_of(layer) for seen in seen_of(Meanwhile) for layer in seen] == [100.0] * 4
+    others[0].join()
+    assert bases == [7.0]
+    assert mx.fast.rope is ROPE
+
+
+def test_attaching_from_several_threads():
     models = [Model(Attention) for _ in range(4)]
     failed: list[BaseException] = []
 

@@ -8,7 +8,6 @@ one specialisation for each number of query rows.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import source
+from mlx_sink.kernels import arguments, source
 from mlx_sink.ring import Block, KeyRange, Layout, Turn
 from mlx_sink.rope import Rotation
 
@@ -25,12 +24,9 @@ MAX_QUERIES = 8
 """New tokens of a call that the kernel serves."""
 MAX_RANGES = 8
 """Rows of the range table: runs of live keys under one turn."""
-DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 TEXTS = ("decode_common", "decode_plain", "decode", "decode_merge")
 """Files of kernel text."""
 
-_FAR = 1 << 30
-"""The reach towards sinks: a query sees all up to its own token."""
 _REGISTERS = 32
 """Outputs that a lane accumulates, over all rows of its simdgroup. MLX's own kernel keeps 16."""
 _INPUTS = ("q", "k", "v", "ranges", "turns", "learned", "scalars")
@@ -124,7 +120,7 @@ def _range_rows(block: Block, window: int, packed: bool) -> list[tuple[int, ...]
         edge = int(_is_edge(r, block, window))
         # Only small differences count, and tokens of an endless stream outgrow int32.
         token = max(r.token - block.first, -r.length) if r.sinks else r.token - block.first
-        reach = _FAR if r.sinks else window
+        reach = arguments.FAR if r.sinks else window
         rows.append((r.row, r.length, int(r.turn), edge, token, reach, 0, 0))
     return rows
 
@@ -206,7 +202,7 @@ def decode(
     )
     inputs = [
         *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
-        *(logits(learned_sinks), scalars(scale, softcap)),
+        *(arguments.logits(learned_sinks), arguments.scalars(scale, softcap)),
     ]
     return launched(_pass_1(), launch, inputs, queries.dtype)
 
@@ -259,7 +255,17 @@ def launch_of(
 
     The last argument is bits of keys and of values and the group size, if they are quantised.
     """
-    _check(q, k, v, dtypes, tables, rotation, options, splits)
+    batch, n, live, last = tables
+    arguments.check(
+        *(q, k, v, dtypes),
+        batch=batch,
+        n=n,
+        last=last,
+        dims=rotation[0],
+        learned=options[1],
+    )
+    if splits is not None and not 1 <= splits <= 1024:
+        raise KernelError(f"splits must be 1 to 1024, got {splits}")
     (B, H, L, D), n_kv, DV, dtype = q, k[1], v[3], dtypes[0]
     G = H // n_kv
     EK, EV = (_share(dim, of_a_group=packed is not None) for dim in (D, DV))
@@ -271,7 +277,7 @@ def launch_of(
     slices = 1 if groups > 1 else 8 if rows * DV <= 512 else 4
     tile = 4 if wide * dtype.size > 8 else 8
     fitting = (n for n in (32, 16, 8) if n * (D + DV) * dtype.size <= 16384)
-    splits = splits or _splits(tables[2], B * n_kv)
+    splits = splits or _splits(live, B * n_kv)
     threads = 32 * slices * groups
     single = splits == 1
     shared = [("G", G), ("L", L), ("DV", DV), ("LSINK", options[1] is not None)]
@@ -294,50 +300,6 @@ def launch_of(
         merge_grid=(32 * G * L, n_kv, B),
         out=out,
     )
-
-
-def _check(
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    v: tuple[int, ...],
-    dtypes: tuple[mx.Dtype, mx.Dtype, mx.Dtype],
-    tables: tuple[int, int, int, int],
-    rotation: tuple[int, bool],
-    options: tuple[bool, tuple[int, ...] | None],
-    splits: int | None,
-) -> None:
-    """Raise for what the kernel would read wrongly."""
-    batch, n, _, last = tables
-    shapes = {"queries": q, "keys": k, "values": v}
-    for name, shape in shapes.items():
-        if len(shape) != 4 or 0 in shape:
-            raise KernelError(f"{name} must be [B, heads, rows, dim], none 0, got {shape}")
-    for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True):
-        if shape[0] != q[0]:
-            raise KernelError(f"{name} must have the queries' batch of {q[0]}, got {shape[0]}")
-        if dtype not in DTYPES or dtype != dtypes[0]:
-            kinds = "float16, bfloat16 or float32, all the same"
-            raise KernelError(f"{name} must be {kinds}, got {dtype} where queries are {dtypes[0]}")
-        if shape[3] % 16:
-            raise KernelError(f"{name} must have a head_dim that 16 divides, got {shape[3]}")
-    if k[3] != q[3]:
-        raise KernelError(f"keys must have the queries' head_dim of {q[3]}, got {k[3]}")
-    if v[1:3] != k[1:3]:
-        raise KernelError(f"values must have the keys' heads and rows {k[1:3]}, got {v[1:3]}")
-    if q[1] % k[1] or q[1] // k[1] > 16:
-        raise KernelError(f"queries must have 1 to 16 times the {k[1]} kv heads, got {q[1]}")
-    if q[2] != n:
-        raise KernelError(f"queries must have the tables' {n} rows, got {q[2]}")
-    if batch not in (1, q[0]):
-        raise KernelError(f"tables must be for 1 or {q[0]} sequences, got {batch}")
-    if last > k[2]:
-        raise KernelError(f"keys must have the {last} rows of the tables, got {k[2]}")
-    if rotation[0] > q[3] or rotation[0] % 2:
-        raise KernelError(f"tables must turn at most {q[3]} dims, in pairs, got {rotation[0]}")
-    if options[1] not in (None, (q[1],)):
-        raise KernelError(f"learned_sinks must be [{q[1]}], got {options[1]}")
-    if splits is not None and not 1 <= splits <= 1024:
-        raise KernelError(f"splits must be 1 to 1024, got {splits}")
 
 
 def _share(dim: int, of_a_group: bool = False) -> int:
@@ -371,27 +333,6 @@ def _pass_1() -> source.Kernel:
 @functools.cache
 def _pass_2() -> source.Kernel:
     return source.build(("decode_merge",), ("decode_common",), ("partials", "learned"), ("out",))
-
-
-@functools.cache
-def _zeros() -> mx.array:
-    return mx.zeros((8,), mx.float32)
-
-
-@functools.lru_cache(maxsize=64)
-def scalars(scale: float, softcap: float | None, n_sinks: int = 0) -> mx.array:
-    """Return the kernel's scalars: log2(e) goes on the scores last, as exp2 needs it."""
-    log2e = math.log2(math.e)
-    pair = (scale * log2e, 0.0) if softcap is None else (scale / softcap, softcap * log2e)
-    return mx.array([*pair, n_sinks, 0, 0, 0, 0, 0], mx.float32)
-
-
-def logits(learned_sinks: mx.array | None) -> mx.array:
-    """Return learned sinks as a kernel reads them: float32, and at least 8."""
-    if learned_sinks is None:
-        return _zeros()
-    given = mx.contiguous(learned_sinks.astype(mx.float32))
-    return mx.pad(given, (0, 8 - given.size)) if given.size < 8 else given
 
 
 def forget() -> None:

@@ -12,7 +12,7 @@ import functools
 import mlx.core as mx
 
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import decode, source
+from mlx_sink.kernels import arguments, decode, source
 from mlx_sink.kernels.decode import Tables
 from mlx_sink.storage import Packed
 
@@ -69,7 +69,7 @@ def decode_packed(
     )
     inputs = [
         *(mx.contiguous(queries), _plain(keys), _plain(values), tables.ranges, tables.turns),
-        *(decode.logits(learned_sinks), decode.scalars(scale, softcap, keys.n_sinks)),
+        *(arguments.logits(learned_sinks), arguments.scalars(scale, softcap, keys.n_sinks)),
         *(part for rows in (keys, values) for part in _parts(rows)),
     ]
     return decode.launched(_pass_1(), launch, inputs, queries.dtype)
