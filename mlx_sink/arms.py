@@ -20,9 +20,16 @@ NAMES = {
     "recompute": "recompute (sampled)",
     "rotating": "mlx-lm RotatingKVCache",
     "ours": "mlx_sink",
-    "ours_8bit": "mlx_sink, 8 bits",
+    "bits8": "mlx_sink, 8 bits",
+    "bits4": "mlx_sink, 4 bits",
 }
 """The arms, by the names that options and results use."""
+
+QUANTISED = {"bits8": 8, "bits4": 4}
+"""Bits of the arms that quantise keys and values."""
+
+USUAL = [name for name in NAMES if name != "bits4"]
+"""What is compared unless stated."""
 
 SAMPLED = "recompute"
 """The arm that has no caches: each of its tokens costs a whole window."""
@@ -45,7 +52,7 @@ def config_of(arm: str, config: SinkConfig) -> SinkConfig:
     """Return what an arm of ours keeps; all keep as many tokens."""
     if arm == "window":
         return replace(config, num_sinks=0, window=config.capacity)
-    return replace(config, kv_bits=8) if arm == "ours_8bit" else config
+    return replace(config, kv_bits=QUANTISED.get(arm))
 
 
 def caches_of(arm: str, model: nn.Module, config: SinkConfig) -> list[Any]:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mlx_sink.config import DEFAULT_NUM_SINKS, DEFAULT_WINDOW, NUM_DRAFT_TOKENS
+from mlx_sink.config import (
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_NUM_SINKS,
+    DEFAULT_WINDOW,
+    NUM_DRAFT_TOKENS,
+)
 from mlx_sink.errors import OutputError, SinkError
 
 STATUS_ERROR = 2
@@ -54,6 +60,28 @@ def add_sink_options(parser: argparse.ArgumentParser) -> None:
         help=f"newest tokens that stay visible (default: {DEFAULT_WINDOW}, or as many as the "
         "model's trained context holds)",
     )
+
+
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of quantised rings, spelled as mlx-lm spells them."""
+    kinds = (("kv", "keys and values"), ("k", "keys alone"), ("v", "values alone"))
+    for name, what in kinds:
+        parser.add_argument(
+            f"--{name}-bits",
+            type=int,
+            help=f"bits to quantise the cache's {what} to, 8 or 4 (default: the model's dtype)",
+        )
+    parser.add_argument(
+        "--kv-group-size",
+        type=int,
+        default=DEFAULT_GROUP_SIZE,
+        help=f"elements that share a scale: 32, 64 or 128 ({DEFAULT_GROUP_SIZE})",
+    )
+
+
+def kv_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say, as `SinkConfig` takes it."""
+    return {name: getattr(args, name) for name in ("kv_bits", "k_bits", "v_bits", "kv_group_size")}
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:
@@ -102,3 +130,36 @@ def write(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             raise
         raise OutputError(f"cannot write the output: {error.strerror or error}") from None
+
+
+class Interrupt:
+    """Ctrl-C, or a polite kill, as a question that is asked between tokens.
+
+    Within the ``with`` block the first one is only noted, so that nothing breaks off half-way;
+    the second one interrupts at once.
+
+    Attributes:
+        status: The exit status it asks for: 0 while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+
+    def __call__(self) -> bool:
+        """Tell whether there was one."""
+        return self.status != 0
+
+    def _note(self, number: int, _: object) -> None:
+        if self.status:
+            raise KeyboardInterrupt
+        self.status = 128 + number
+
+    def __enter__(self) -> Interrupt:
+        """Begin to listen."""
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put back what was there."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

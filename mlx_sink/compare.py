@@ -54,7 +54,7 @@ def parser() -> cli.Parser:
         metavar="TOKENS",
         help="where to measure: 1K 4K 16K, or 1K..1M (default) for each doubling up to the end",
     )
-    add("--arms", nargs="+", choices=arms.NAMES, default=list(arms.NAMES), help="what to compare")
+    add("--arms", nargs="+", choices=arms.NAMES, default=arms.USUAL, help="what to compare")
     add("--prefill-step-size", type=int, default=512, help="tokens read at once (512)")
     add("--arm-minutes", type=float, default=3.0, help="reading time of an arm at most (3)")
     add("--samples", type=int, default=64, help="tokens between lengths to recompute (64)")
@@ -151,7 +151,7 @@ class _Run:
         digest = hashlib.sha256(self.text.encode()).hexdigest()
         whose = fingerprint(model, self.tokenizer)
         self.key = checkpoint.key_of(settings, trials=args.trials, text=digest, **whose)
-        self.head = {
+        self.head: dict[str, Any] = {
             "mlx_sink_compare": FORMAT,
             "command": shlex.join(["python", "-m", "mlx_sink.compare", *argv]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

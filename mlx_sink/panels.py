@@ -19,7 +19,8 @@ STYLES: dict[str, dict[str, Any]] = {
     SAMPLED: {"color": plots.INK, "linestyle": "", "marker": "x"},
     "rotating": {"color": "#d55e00", "marker": "^"},
     "ours": {"color": "#009e73", "linewidth": 2.5, "marker": "o"},
-    "ours_8bit": {"color": "#cc79a7", "linestyle": "--", "marker": "D"},
+    "bits8": {"color": "#56b4e9", "linestyle": "--", "marker": "D"},
+    "bits4": {"color": "#cc79a7", "linestyle": "--", "marker": "P"},
 }
 LOG = 4
 """Values that differ by more than this factor are drawn on a logarithmic scale."""

@@ -8,7 +8,8 @@ BOS. Five arms read the same tokens: `full` (mlx-lm's growing cache), `rotating`
 `RotatingKVCache(max_size=capacity, keep=num_sinks)`, token by token as in decoding: its mask hides
 the sinks in larger chunks), `window` (ours without sinks, same capacity), `recompute` (the
 unmodified model on the visible tokens alone, from position 0, for every k-th token) and `ours`.
-A whole book: `--streams 1 --arms ours`.
+A whole book: `--streams 1 --arms ours`. Two more arms, on demand, are ours with a quantised ring:
+`--arms ours bits8 bits4`.
 
 On Linux, mlx's wheel brings a slow BLAS: preload a tuned one, as in
 `LD_PRELOAD=.../libopenblas.so.0 OPENBLAS_NUM_THREADS=2 python scripts/eval_stream.py ...`.
@@ -27,8 +28,8 @@ import numpy as np
 from _buckets import bucket_edges, plot, same_tokens, summary, table
 from tqdm import tqdm
 
-from mlx_sink import SinkConfig, SinkError, load
-from mlx_sink.arms import caches_of
+from mlx_sink import SinkConfig, SinkError, attach, load
+from mlx_sink.arms import QUANTISED, caches_of, config_of
 from mlx_sink.losses import chunk_losses, cut, recompute
 from mlx_sink.measure import DTYPES, as_json, describe, machine, say
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure the chosen arms, print a table and write the files that were asked for."""
     args = parse(argv)
     try:
-        config = SinkConfig(args.num_sinks, args.window)
+        config = SinkConfig(args.num_sinks, args.window, kv_group_size=args.kv_group_size)
         model, tokenizer = load(args.model, config)
         if args.dtype:
             model.set_dtype(DTYPES[args.dtype])
@@ -72,7 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--streams", type=int, default=1, help="streams that the text is cut into")
     add("--num-sinks", type=int, default=4, help="sinks, and mlx-lm's keep")
     add("--window", type=int, default=1024, help="window, own token included")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to measure")
+    arms = [*ARMS, *QUANTISED]
+    add("--arms", nargs="+", choices=arms, default=list(ARMS), help="what to measure")
+    add("--kv-group-size", type=int, default=64, help="of the quantised arms")
     add("--chunk", type=int, default=128, help="tokens fed at once")
     add("--rotating-chunk", type=int, default=1, help="the same for the rotating arm")
     add("--full-tokens", type=int, help="where the full arm stops: its cost grows with position")
@@ -119,7 +122,9 @@ def measure(
             stop = args.full_tokens if name == "full" else None
             losses[name] = stream(model, config, name, inputs[:, :stop], targets[:, :stop], args)
             positions = np.arange(losses[name].shape[1])
-        arm = {"seconds": round(time.perf_counter() - start, 2)}
+        arm: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2)}
+        if name in ("ours", "window", *QUANTISED):
+            arm["cache_bytes"] = attach(model, config_of(name, config)).nbytes
         result["arms"][name] = arm | summary(losses[name], positions, edges)
     if {"ours", "recompute"} <= losses.keys():
         # Before anything is evicted the two do the same, which would flatter the ratio.

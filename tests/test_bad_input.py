@@ -79,6 +79,11 @@ SETTINGS = {
         ["--presence-context-size", "0"],
         ["--presence-context-size", "at least 1"],
     ),
+    "bits": (["--kv-bits", "3"], ["kv_bits", "8 or 4", "got 3"]),
+    "bits of values": (["--kv-bits", "8", "--v-bits", "2"], ["v_bits", "8 or 4", "got 2"]),
+    "bits of keys alone": (["--k-bits", "8"], ["k_bits alone", "kv_bits"]),
+    "group size": (["--kv-group-size", "16"], ["kv_group_size", "32, 64 or 128", "got 16"]),
+    "head_dim": (["--kv-bits", "8"], ["kv_group_size 64", "head_dim of 8", "leave kv_bits out"]),
     "drafts of nothing": (["--num-draft-tokens", "2"], ["--num-draft-tokens", "--draft-model"]),
     "no drafts": (
         ["--draft-model", "demo", "--num-draft-tokens", "0"],
@@ -87,6 +92,32 @@ SETTINGS = {
     "draft of another family": (["--draft-model", "demo"], ["tokenizer does not match"]),
     "no draft model": (["--draft-model", "./nowhere"], ["'./nowhere' does not exist"]),
     "pin nothing": (["--pin-system-prompt"], ["--pin-system-prompt", "--system-prompt"]),
+    "session is a folder": (["--session", "."], ["session '.'", "directory"]),
+    "session nowhere": (["--session", "no/where"], ["cannot save", "no/where", "No such file"]),
+    "save never": (["--save-every", "0"], ["--save-every", "got 0"]),
+    "marker alone": (["--marker", "@@"], ["--marker needs --follow"]),
+    "follow without marker": (["--follow", "-"], ["--follow needs --marker"]),
+    "blank marker": (["--follow", "-", "--marker", " "], ["--marker", "not blank", "' '"]),
+    "follow nothing": (["--follow", "no.log", "--marker", "@"], ["no.log", "No such file"]),
+    "follow a folder": (["--follow", ".", "--marker", "@"], ["'.'", "a folder"]),
+    "follow and a prompt file": (
+        ["--follow", "-", "--marker", "@", "--prompt-file", "x"],
+        ["--follow", "--prompt TEXT"],
+    ),
+    "endless answers": (
+        ["--follow", "-", "--marker", "@", "-m", "-1", "--ignore-eos"],
+        ["--follow", "must end"],
+    ),
+    "memory no number": (["--memory", "much"], ["--memory", "2GB", "'much'"]),
+    "memory nothing": (["--memory", "0GB"], ["--memory", "'0GB'"]),
+    "memory too small": (
+        ["--memory", "100kB"],
+        ["--memory 100.00 kB", "does not hold this model", "a window of 1 (weights"],
+    ),
+    "memory for a window": (
+        ["--memory", "1MB", "--window", "50"],
+        ["--memory 1.00 MB", "not enough for a window of 50"],
+    ),
     "template variables": (["--chat-template-config", "{"], ["--chat-template-config", "JSON"]),
     "template list": (["--chat-template-config", "[1]"], ["--chat-template-config", "object"]),
 }
@@ -167,10 +198,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "index broken": (_index([]), ["weight_map"]),
     "no tokenizer": (_remove("tokenizer.json"), ["cannot load"]),
     "tokenizer cut off": (_truncate("tokenizer.json", 100), ["cannot load"]),
-    "refused model": (
-        _edit_config(layer_types=["full_attention", "sliding_attention"], sliding_window=8),
-        ["llama is not supported", "layer 1"],
-    ),
     "refused positions": (
         _edit_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         ["llama is not supported", "not a fixed rotation"],

@@ -13,7 +13,7 @@ import pytest
 from folder import make_folder
 
 from mlx_sink import compare, losses, recall
-from mlx_sink.arms import NAMES, SAMPLED
+from mlx_sink.arms import SAMPLED, USUAL
 from mlx_sink.compare import lengths_of, main
 from mlx_sink.errors import InputError
 from mlx_sink.page import notes
@@ -65,7 +65,7 @@ def measured(found: dict[str, Any]) -> Any:
 
 def test_measures_every_arm_at_every_length(whole: dict[str, Any]):
     assert whole["finished"]
-    assert whole["arms"].keys() == NAMES.keys()
+    assert whole["arms"].keys() == set(USUAL)
     for name, arm in whole["arms"].items():
         assert arm["stopped"] is None, name
         assert [m["length"] for m in arm["at"]] == LENGTHS
@@ -77,7 +77,7 @@ def test_measures_every_arm_at_every_length(whole: dict[str, Any]):
         assert counts == ([4] * 3 if name == SAMPLED else [48, 52, 60])
     held = {name: [m["cache_bytes"] for m in arm["at"]] for name, arm in whole["arms"].items()}
     assert held["ours"] == held["window"] == held["rotating"] == [2 * 2 * 24 * 2 * 64 * 4] * 3
-    assert max(held["ours_8bit"]) < held["ours"][0]
+    assert max(held["bits8"]) < held["ours"][0]
     assert held["full"] == [2 * 2 * 256 * 2 * 64 * 4] * 3  # mlx-lm takes 256 slots at once.
 
 
@@ -100,7 +100,7 @@ def test_losses_are_those_of_the_script(
 def test_beside_recomputing(whole: dict[str, Any]):
     """Both are of the sampled tokens past the first eviction: 10 of 12."""
     found = whole["beside_recompute"]
-    assert found.keys() == NAMES.keys() - {SAMPLED}
+    assert found.keys() == set(USUAL) - {SAMPLED}
     for beside in found.values():
         assert beside["count"] == 10
         ratio = math.log(beside["perplexity"] / beside["recompute"])
@@ -152,11 +152,9 @@ def test_an_arm_stops_when_its_time_is_out(model: Path, text: Path, tmp_path: Pa
 def test_an_arm_that_a_model_cannot_have_says_why(text: Path, tmp_path: Path):
     model = make_folder(tmp_path / "narrow")
     output = tmp_path / "run"
-    assert (
-        main(arguments(model, text, output, "--trials", "0", "--arms", "ours_8bit", "ours")) == 0
-    )
+    assert main(arguments(model, text, output, "--trials", "0", "--arms", "bits8", "ours")) == 0
     found = json.loads(output.with_name("run.json").read_text())
-    assert "kv_group_size 64 does not divide" in found["arms"]["ours_8bit"]["stopped"]
+    assert "kv_group_size 64 does not divide" in found["arms"]["bits8"]["stopped"]
     assert found["arms"]["ours"]["at"]
 
 
