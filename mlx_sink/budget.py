@@ -122,6 +122,18 @@ def plan(
         UnsupportedModelError: As in `attach`.
     """
     _check_device(limit)
+    return largest(model, limit, config, batch=batch, prefill_step_size=prefill_step_size)
+
+
+def largest(
+    model: nn.Module,
+    limit: int,
+    config: SinkConfig | None = None,
+    *,
+    batch: int = 1,
+    prefill_step_size: int = PREFILL_STEP,
+) -> Plan:
+    """Do as `plan`, for a machine that need not be this one."""
     base = config or SinkConfig(DEFAULT_NUM_SINKS, 1)
     weights = _weights(model)
 
@@ -135,8 +147,11 @@ def plan(
     smallest, most = of(1), max(1, context - base.num_sinks)
     if smallest.total > limit:
         raise ConfigError(_too_small(smallest, of(min(most, 1024)), limit))
+    whole = of(most)
+    if whole.total <= limit:
+        return whole
     # Bytes grow with the window: halve the interval.
-    fits, too_large = 1, most + 1
+    fits, too_large = 1, most
     while too_large - fits > 1:
         middle = (fits + too_large) // 2
         fits, too_large = (middle, too_large) if of(middle).total <= limit else (fits, middle)

@@ -66,12 +66,14 @@ def as_text(found: dict[str, Any], report: str) -> str:
         "",
         *_table("attention: multiply-adds of a prompt of", found, "prefill_multiply_adds", _count),
         "",
-        f"{'memory (2^30 bytes)':<28}{'full attention':>20}{'streams of sinks + window':>28}",
+        f"{'memory (2^30 bytes)':<28}{'full attention':>20}{'streams of sinks + window':>28}"
+        f"{'window of --memory':>20}",
     ]
     for fit in found["fits"]:
         full = "any length" if fit["full_tokens"] is None else f"{fit['full_tokens']:,} tokens"
-        cells = ("-", "-") if not fit["beside_weights"] else (full, f"{fit['streams'] or 0:,}")
-        lines.append(f"{fit['memory_gib']:>19} GB      {cells[0]:>20}{cells[1]:>28}")
+        window = f"{fit['window']:,}" if fit["window"] else "-"
+        cells = (full, f"{fit['streams'] or 0:,}") if fit["beside_weights"] else ("-", "-")
+        lines.append(f"{fit['memory_gib']:>19} GB      {cells[0]:>20}{cells[1]:>28}{window:>20}")
     lines += ["", *_chips(found)]
     return "\n".join(lines) + "\n"
 

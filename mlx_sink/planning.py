@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_sink import skeleton, work
+import mlx.nn as nn
+
+from mlx_sink import budget, skeleton, work
 from mlx_sink.attach import attach, trained_context
 from mlx_sink.config import BITS, SinkConfig
-from mlx_sink.errors import SinkError, UnsupportedModelError
+from mlx_sink.errors import ConfigError, SinkError, UnsupportedModelError
 from mlx_sink.load import context_of
 from mlx_sink.report import LayerReport, Report
 
@@ -200,7 +203,7 @@ def plan(
             "full": [costs.prefill_work(n) for n in lengths],
             "sinks": [costs.prefill_work(n, capacity) for n in lengths],
         },
-        "fits": [_fit(costs, gib) for gib in MEMORIES],
+        "fits": [_fit(model, costs, gib, context) for gib in MEMORIES],
         "chips": _bounds(costs, lengths),
     }
     return found, costs.report
@@ -226,14 +229,21 @@ def working_set(gib: int) -> int:
     return whole * 3 // 4 if gib >= 36 else whole * 2 // 3
 
 
-def _fit(costs: Costs, gib: int) -> dict[str, Any]:
+def _fit(model: nn.Module, costs: Costs, gib: int, context: int | None) -> dict[str, Any]:
     room = working_set(gib) - costs.weights
-    one = costs.report.nbytes
+    one, config = costs.report.nbytes, costs.report.config
+    window = None
+    if costs.rings and room > 0:
+        with suppress(ConfigError):  # Not even a window of one token fits.
+            window = budget.largest(model, working_set(gib), config).config.window
+    if window and context:
+        window = min(window, context - config.num_sinks)
     return {
         "memory_gib": gib,
         "beside_weights": max(0, room),
         "full_tokens": _longest(costs, room),
         "streams": max(0, room // one) if one else None,
+        "window": window,
     }
 
 

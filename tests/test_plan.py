@@ -14,7 +14,7 @@ from every_configs import OVERRIDES
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_sink import ConfigError, ModelError, SinkConfig, UnsupportedModelError, attach
+from mlx_sink import ConfigError, ModelError, SinkConfig, UnsupportedModelError, attach, budget
 from mlx_sink import plan as command
 from mlx_sink.plan import main
 from mlx_sink.planning import chips, costs_of, plan, working_set
@@ -176,6 +176,18 @@ def test_what_fits(tmp_path: Path):
     assert fit["streams"] == room // report.nbytes
     assert working_set(16) == (32 << 30) // 3
     assert working_set(64) == 48 << 30
+
+
+def test_the_window_is_that_of_the_option(tmp_path: Path):
+    """Of `--memory` on a machine with so much, cut to the trained context."""
+    settings = {"max_position_embeddings": 1 << 24, "hidden_size": 64}
+    path = written(tmp_path, "qwen3", settings)
+    found, _ = plan(str(path), num_sinks=2, window=8, dtype="float32", lengths=[512])
+    fits = {fit["memory_gib"]: fit["window"] for fit in found["fits"]}
+    assert fits[64] == (1 << 24) - 2
+    model = tiny("qwen3", **settings)
+    assert fits[8] == budget.largest(model, working_set(8), SinkConfig(2, 8)).config.window
+    assert 1 << 20 < fits[8] < (1 << 24) - 2
 
 
 def test_bandwidth_is_shared_by_weights_and_cache(tmp_path: Path):
