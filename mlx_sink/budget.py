@@ -19,7 +19,7 @@ from mlx import utils
 from mlx_sink.attach import attach, trained_context
 from mlx_sink.attention import BLOCK
 from mlx_sink.config import DEFAULT_NUM_SINKS, SinkConfig
-from mlx_sink.errors import ConfigError
+from mlx_sink.errors import ConfigError, UnsupportedModelError
 from mlx_sink.loop import PREFILL_STEP
 from mlx_sink.report import Report, format_bytes
 
@@ -147,15 +147,25 @@ def largest(
     smallest, most = of(1), max(1, context - base.num_sinks)
     if smallest.total > limit:
         raise ConfigError(_too_small(smallest, of(min(most, 1024)), limit))
-    whole = of(most)
-    if whole.total <= limit:
-        return whole
-    # Bytes grow with the window: halve the interval.
-    fits, too_large = 1, most
-    while too_large - fits > 1:
-        middle = (fits + too_large) // 2
-        fits, too_large = (middle, too_large) if of(middle).total <= limit else (fits, middle)
-    return of(fits)
+    best, too_large = smallest, most + 1
+
+    def try_out(window: int) -> None:
+        nonlocal best, too_large
+        try:
+            found = of(window)
+        except UnsupportedModelError:  # The model bears no window as long as that.
+            found = None
+        if found is not None and found.total <= limit:
+            best = found
+        else:
+            too_large = window
+
+    # Bytes grow with the window: halve the interval, unless all of the context fits.
+    try_out(most)
+    while too_large - best.config.window > 1:
+        try_out((best.config.window + too_large) // 2)
+    attach(model, best.config)
+    return best
 
 
 def check(model: nn.Module, limit: int, config: SinkConfig, prefill_step_size: int) -> Plan:

@@ -26,13 +26,13 @@ import _oracle
 import mlx.core as mx
 import numpy as np
 import psutil
-from _measure import as_json, describe, machine, say
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_sink
 from mlx_sink import SinkConfig, SinkError, Stream, attach
+from mlx_sink.measure import as_json, describe, machine, say
 
 SINKS = 4
 COLUMNS = {

@@ -180,14 +180,21 @@ def test_what_fits(tmp_path: Path):
 
 def test_the_window_is_that_of_the_option(tmp_path: Path):
     """Of `--memory` on a machine with so much, cut to the trained context."""
-    settings = {"max_position_embeddings": 1 << 24, "hidden_size": 64}
+    settings = {"max_position_embeddings": 1 << 20, "hidden_size": 64}
     path = written(tmp_path, "qwen3", settings)
     found, _ = plan(str(path), num_sinks=2, window=8, dtype="float32", lengths=[512])
     fits = {fit["memory_gib"]: fit["window"] for fit in found["fits"]}
-    assert fits[64] == (1 << 24) - 2
+    assert fits[64] == (1 << 20) - 2
     model = tiny("qwen3", **settings)
     assert fits[8] == budget.largest(model, working_set(8), SinkConfig(2, 8)).config.window
-    assert 1 << 20 < fits[8] < (1 << 24) - 2
+    assert 1 << 16 < fits[8] < (1 << 20) - 2
+
+
+def test_a_model_that_bears_no_longer_window(tmp_path: Path):
+    """llama4's attention changes with the position: from there on there is no window."""
+    path = written(tmp_path, "llama4", {})
+    found, _ = plan(str(path), num_sinks=4, window=60, dtype="float32", lengths=[512])
+    assert {fit["window"] for fit in found["fits"]} == {512 - 2 - 4}
 
 
 def test_bandwidth_is_shared_by_weights_and_cache(tmp_path: Path):
