@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from mlx_sink import arms, checkpoint, cli, losses, page, plots, recall
+from mlx_sink import arms, cli, losses, page, plots, recall, resume
 from mlx_sink.attach import attach
 from mlx_sink.comparison import Comparison, Settings
 from mlx_sink.config import SinkConfig
@@ -150,7 +150,7 @@ class _Run:
         self.state = _with(args.output, ".state")
         digest = hashlib.sha256(self.text.encode()).hexdigest()
         whose = fingerprint(model, self.tokenizer)
-        self.key = checkpoint.key_of(settings, trials=args.trials, text=digest, **whose)
+        self.key = resume.key_of(settings, trials=args.trials, text=digest, **whose)
         self.head: dict[str, Any] = {
             "mlx_sink_compare": FORMAT,
             "command": shlex.join(["python", "-m", "mlx_sink.compare", *argv]),
@@ -171,7 +171,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         """Run to the end, and leave the results and the page."""
         if self.state.exists():
-            self.recall = checkpoint.resume(self.state, self.comparison, self.key)
+            self.recall = resume.restore(self.state, self.comparison, self.key)
             say(f"going on from {self.state}")
         say(describe(self.head["machine"]))
         began, shape = time.monotonic(), "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix} left"
@@ -226,7 +226,7 @@ class _Run:
     def keep(self, final: bool = False) -> None:
         """Write what there is, if it is time to."""
         if final or time.monotonic() - self._saved > EVERY:
-            checkpoint.save(self.state, self.comparison, self.key, self.recall)
+            resume.save(self.state, self.comparison, self.key, self.recall)
             write(self.args.output, [self.found(final)])
             self._saved = time.monotonic()
 

@@ -42,7 +42,7 @@ def save(path: Path, run: Comparison, key: dict[str, Any], recall: list[dict[str
     store.write(path, {"key": key, "arms": held, "recall": recall}, arrays)
 
 
-def resume(path: Path, run: Comparison, key: dict[str, Any]) -> list[dict[str, Any]]:
+def restore(path: Path, run: Comparison, key: dict[str, Any]) -> list[dict[str, Any]]:
     """Put a new run where one was stopped.
 
     Returns:
