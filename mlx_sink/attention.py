@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from mlx_sink import reference
@@ -18,6 +23,31 @@ waste less and cost more calls. On a CPU 64 is the fastest for windows up to 1,0
 as any other for longer ones.
 """
 STILL = frozenset([Turn.NONE])
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What one layer's call of `sink_attention` was given; the names are its arguments'."""
+
+    queries: mx.array
+    keys: mx.array
+    layout: Layout
+    scale: float
+    softcap: float | None
+    learned_sinks: mx.array | None
+
+
+_observer: ContextVar[Callable[[Attended], None] | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: Callable[[Attended], None]) -> Generator[None]:
+    """Let a function see what every call of this thread attends with, while the block runs."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def sink_attention(
@@ -57,6 +87,8 @@ def sink_attention(
     kernel `kernels.decode` if it has passed its check on this machine, for as many tokens
     (`kernels.selfcheck.serves`); for everything else `reference.attend`.
     """
+    if (observer := _observer.get()) is not None:
+        observer(Attended(queries, keys, layout, scale, softcap, learned_sinks))
     turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window
 

@@ -6,18 +6,20 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_sink import cli, sampling
+from mlx_sink import cli, sampling, settings
 from mlx_sink.attach import attach
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.load import DEMO, load_unattached
 from mlx_sink.prompt import Prompt, read_text, render
 from mlx_sink.report import Report, format_bytes
+from mlx_sink.settings import Settings
 from mlx_sink.stream import GenerationResponse, Stream
 
 PROG = "python -m mlx_sink.generate"
@@ -76,7 +78,7 @@ class _Run:
         )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.prompt = _prompt(args, self.tokenizer)
-        self.report = self._attach(loaded.context)
+        self.report = self._attach(loaded.context, loaded.settings)
         self.settings = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
         window = sampling.penalty_window(self.settings)
         self.text = Stream(self.model, self.tokenizer, seed=args.seed, penalty_window=window)
@@ -84,15 +86,14 @@ class _Run:
         self.read = 0
         self.bar: tqdm[Any] | None = None
 
-    def _attach(self, context: int | None) -> Report:
+    def _attach(self, context: int | None, own: Settings) -> Report:
         args, num_sinks = self.args, self.args.num_sinks
         if args.pin_system_prompt:
             if not self.prompt.system:
                 raise ConfigError("--pin-system-prompt needs --system-prompt")
-            num_sinks = max(self.prompt.system, num_sinks or 0)
-        config = SinkConfig.for_context(context, num_sinks, args.window)
-        config.check_context(context)
-        return attach(self.model, config)
+            num_sinks = max(self.prompt.system, num_sinks or own.num_sinks or 0)
+        config, sources = settings.apply(own, context, num_sinks, args.window)
+        return replace(attach(self.model, config), sources=sources)
 
     def stream(self) -> None:
         """Generate, and write the text as it comes."""
@@ -146,6 +147,7 @@ class _Run:
             "finish_reason": last.finish_reason if last else None,
             "num_sinks": self.report.config.num_sinks,
             "window": self.report.config.window,
+            "sources": dict(self.report.sources),
             "cache_bytes": self.text.nbytes,
             "cache_bytes_full": self.report.nbytes,
             "peak_memory_bytes": mx.get_peak_memory(),
@@ -193,6 +195,9 @@ def _summary(s: dict[str, Any]) -> str:
         f"{s['window']}; {format_bytes(s['cache_bytes_full'])} when full), "
         f"peak memory {format_bytes(s['peak_memory_bytes'])}",
     ]
+    if settings.SECTION_SOURCE in s["sources"].values():
+        came = ", ".join(f"{name}: {source}" for name, source in s["sources"].items())
+        lines.append(f"settings from {came}")
     if s["model"] == DEMO:
         lines.append(
             "this was the small demo model; for a real one: "

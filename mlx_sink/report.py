@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlx_sink.config import SinkConfig
@@ -34,11 +35,16 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a model got; ``print(report)`` shows it as a table."""
+    """What a model got; ``print(report)`` shows it as a table.
+
+    `sources` says where each setting comes from: ``"argument"``, ``"config.json"`` (the model's
+    ``mlx_sink`` section) or ``"default"``. It is empty where `attach` was called by hand.
+    """
 
     model_type: str
     config: SinkConfig
     layers: tuple[LayerReport, ...]
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +56,7 @@ class Report:
         return {
             "model_type": self.model_type,
             "config": self.config.to_dict(),
+            "sources": dict(self.sources),
             "layers": [asdict(layer) | {"bytes": layer.nbytes} for layer in self.layers],
             "bytes": self.nbytes,
         }
@@ -62,6 +69,8 @@ class Report:
             f"{'layers':>9}  {'cache':<10} {'positions':<10} {'slots':>7} {'bytes/token':>12} "
             f"{'bytes':>12}",
         ]
+        if self.sources:
+            lines.insert(1, f"settings: {self.origin}")
         for first, last in _alike(self.layers):
             layer = self.layers[first]
             name = f"{first}" if first == last else f"{first}-{last}"
@@ -70,6 +79,12 @@ class Report:
                 f"{layer.bytes_per_token:>12} {layer.nbytes * (last - first + 1):>12}"
             )
         return "\n".join(lines)
+
+    @property
+    def origin(self) -> str:
+        """The settings and where they come from, in one line; empty if that is not known."""
+        values = self.config.to_dict()
+        return ", ".join(f"{key} {values[key]} ({self.sources[key]})" for key in self.sources)
 
 
 def format_bytes(n: float) -> str:
