@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_sink import __version__
+import mlx_sink
 from mlx_sink.calibrate import Arm, Calibration
 from mlx_sink.checkpoint import read_json
 from mlx_sink.report import format_bytes
@@ -50,7 +50,7 @@ def write_calibration(folder: Path, found: Calibration, text: str) -> list[str]:
         "num_sinks": found.settings.num_sinks,
         "window": found.settings.window,
         "calibration": {
-            "version": __version__,
+            "version": mlx_sink.__version__,
             "text": text,
             "tokens": found.tokens,
             "sinks_matter": found.sinks_matter,
@@ -83,9 +83,9 @@ def card(found: Calibration, model: str, text: str, drawn: bool) -> str:
         "",
         found.verdict,
         "",
-        f"Measured by mlx_sink {__version__} on this model ({model}), on {found.tokens:,} tokens "
-        f"of {text}. The settings are in the `{SECTION}` section of config.json; mlx_sink takes "
-        "them as its defaults, and everything else ignores them.",
+        f"Measured by mlx_sink {mlx_sink.__version__} on this model ({model}), on "
+        f"{found.tokens:,} tokens of {text}. The settings are in the `{SECTION}` section of "
+        "config.json; mlx_sink takes them as its defaults, and everything else ignores them.",
         "",
         "## Loss by number of sinks",
         "",
