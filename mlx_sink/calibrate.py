@@ -144,14 +144,13 @@ def calibrate(
         InputError: The text is too short.
         UnsupportedModelError: The contract cannot be kept for this model.
     """
-    tokens = list(tokenizer.encode(text))[:MAX_TOKENS]
+    tokens = read(tokenizer, text)
     n = len(tokens)
     reach = min(context or n, n)
-    if n < MIN_TOKENS:
-        raise InputError(f"calibration needs a text of at least {MIN_TOKENS} tokens, got {n}")
     capacity, largest = _power_of_two(min(reach, n // 4)), _power_of_two(min(reach, 2 * n // 3))
-    sizes = [largest >> i for i in reversed(range(WINDOWS)) if largest >> i > 2 * max(SINKS)]
-    total = (len(SINKS) + len(sizes)) * n
+    tried = [s for s in SINKS if 2 * s < capacity]
+    sizes = [largest >> i for i in reversed(range(WINDOWS)) if largest >> i > 2 * max(tried)]
+    total = (len(tried) + len(sizes)) * n
     pace = 0.2 if sys.stderr.isatty() else 10.0
     try:
         with tqdm(
@@ -162,7 +161,7 @@ def calibrate(
                 return _arms(model, tokens, configs, since, bar)
 
             share = sink_share(model, tokens[: min(reach, SHARE_TOKENS)])
-            sinks = measured([SinkConfig(s, capacity - s) for s in SINKS], capacity)
+            sinks = measured([SinkConfig(s, capacity - s) for s in tried], capacity)
             num_sinks = _smallest(sinks).num_sinks
             windows = measured([SinkConfig(num_sinks, c - num_sinks) for c in sizes], largest)
     finally:
@@ -177,6 +176,20 @@ def calibrate(
     matter = without.over_best > max(TOLERANCE, 2 * without.error)
     settings = Settings(num_sinks, window)
     return Calibration(n, sinks, capacity, windows, largest, share, settings, matter, is_levelled)
+
+
+def read(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that are measured: at most the first 16,384.
+
+    Raises:
+        InputError: There are fewer than 128.
+    """
+    tokens = list(tokenizer.encode(text))[:MAX_TOKENS]
+    if len(tokens) < MIN_TOKENS:
+        raise InputError(
+            f"calibration needs a text of at least {MIN_TOKENS} tokens, got {len(tokens)}"
+        )
+    return tokens
 
 
 def _power_of_two(most: int) -> int:

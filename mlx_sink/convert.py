@@ -25,11 +25,11 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_sink import atomic, checkpoint, cli, settings, writing
 from mlx_sink import recipe as recipes
 from mlx_sink.attach import attach, detach
-from mlx_sink.calibrate import Calibration, calibrate
+from mlx_sink.calibrate import Calibration, calibrate, read
 from mlx_sink.calibration_files import SAMPLE, sample_text, write_calibration
 from mlx_sink.checkpoint import Checkpoint, first_line
 from mlx_sink.errors import ModelError, OutputError
-from mlx_sink.load import find, is_repository, load_unattached
+from mlx_sink.load import find, is_remote, load_unattached
 from mlx_sink.prompt import read_text
 from mlx_sink.recipe import Recipe, rewritten, total, weights_of
 from mlx_sink.report import Report, format_bytes
@@ -122,25 +122,26 @@ def convert(
     context = checkpoint.trained_context(config)
     report = _report(model, own, context)
     model, config = rewritten(model, config, recipe)
+    if calibrate_on is not None:
+        read(tokenizer, calibrate_on.text)  # a text that is too short is better refused now
     nbytes, shards = total(model), len(_utils.make_shards(weights_of(model)))
     _check_room(target, nbytes, source)
-    found = None
+    calibration = None
     try:
         with atomic.whole_folder(target) as folder:
             with writing.progress(folder, nbytes, shards):
-                _utils.save(folder, str(source.path), model, tokenizer, config)
+                _save(folder, source, model, tokenizer, config)
             del model
-            _write_card(folder, str(hf_path))
+            if is_remote(str(hf_path)):
+                _write_card(folder, str(hf_path))
             checkpoint.check(folder)
             if calibrate_on is not None:
-                found = _calibrated(folder, calibrate_on, trust_remote_code)
-                report = found[1]
-    except (OSError, RuntimeError) as error:
-        # MLX says RuntimeError when it cannot write.
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise OutputError(f"cannot write {str(target)!r}: {reason or first_line(error)}") from None
+                calibration, report = _calibrated(folder, calibrate_on, trust_remote_code)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise OutputError(f"cannot write {str(target)!r}: {reason}") from None
     seconds = time.perf_counter() - start
-    return Converted(target, nbytes, shards, seconds, report, found and found[0])
+    return Converted(target, nbytes, shards, seconds, report, calibration)
 
 
 def _target(path: Path) -> Path:
@@ -194,10 +195,18 @@ def _check_room(target: Path, nbytes: int, source: Checkpoint) -> None:
     say(f"writing {format_bytes(nbytes)} of weights to {target} ({format_bytes(free)} free)")
 
 
+def _save(
+    folder: Path, source: Checkpoint, model: nn.Module, tokenizer: Any, config: dict[str, Any]
+) -> None:
+    try:
+        _utils.save(folder, str(source.path), model, tokenizer, config)
+    except RuntimeError as error:
+        # What MLX raises when it cannot write.
+        raise OSError(None, first_line(error)) from None
+
+
 def _write_card(folder: Path, name: str) -> None:
     """Give a model from the hub the card that mlx-lm would, so that its licence goes along."""
-    if Path(name).expanduser().exists() or not is_repository(name):
-        return
     try:
         _utils.create_model_card(folder, name)
     except Exception as error:  # whatever the hub or the network raises; a card can wait

@@ -31,14 +31,12 @@ class Loaded(NamedTuple):
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         context: Positions the model was trained on, in tokens, or ``None`` if unknown.
         settings: The ``mlx_sink`` section of its configuration.
-        config: Its configuration, as mlx-lm returns it.
     """
 
     model: nn.Module
     tokenizer: Any
     context: int | None
     settings: Settings
-    config: dict[str, Any]
 
 
 @overload
@@ -119,7 +117,7 @@ def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:
     except Exception as error:
         raise ModelError(f"cannot load model {name!r}: {first_line(error)}") from error
     model, tokenizer, config = cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
-    return Loaded(model, tokenizer, checkpoint.trained_context(config), own, config)
+    return Loaded(model, tokenizer, checkpoint.trained_context(config), own)
 
 
 def find(name: str, revision: str | None = None) -> Path:
@@ -135,7 +133,7 @@ def find(name: str, revision: str | None = None) -> Path:
         return path
     if name and path.exists():
         raise ModelError(f"model {name!r} is a file: name the folder that holds config.json")
-    if not is_repository(name):
+    if not is_remote(name):
         raise ModelError(f"model folder {name!r} does not exist")
     utils = cast("Any", mlx_lm_utils)
     try:
@@ -148,6 +146,8 @@ def find(name: str, revision: str | None = None) -> Path:
         raise ModelError(f"cannot download model {name!r}: {first_line(error)}") from error
 
 
-def is_repository(name: str) -> bool:
-    """Tell whether a name that is not a folder's can be that of a repository on the hub."""
+def is_remote(name: str) -> bool:
+    """Tell whether a name is that of a repository on the hub: no folder, and spelled like one."""
+    if name == DEMO or Path(name).expanduser().exists():
+        return False
     return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None

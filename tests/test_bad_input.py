@@ -313,9 +313,7 @@ def test_conversion(case: str, good: Path, tmp_path: Path, capsys: pytest.Captur
     status, out, err = run([*source, *target, *argv], capsys, "convert")
     *progress, line = err.splitlines(keepends=True)
     expect_one_line((status, out, line), *words, command="convert")
-    # The model has to be written before it can be measured, and be loaded before it is quantised.
-    if "--calibrate" not in argv:
-        assert all(line.startswith("[INFO]") for line in progress)
+    assert all(line.startswith("[INFO]") for line in progress)  # nothing is being written
     assert list(tmp_path.iterdir()) == []
     assert sorted(good.parent.iterdir()) == before
 

@@ -177,6 +177,14 @@ def test_short_texts_are_refused():
         calibrate(build("llama"), Ids(), text_of(random_tokens(50)))
 
 
+def test_a_model_of_a_tiny_context():
+    """Fewer arms, and none that does not fit."""
+    model = build("llama", max_position_embeddings=9)
+    found = calibrate(model, Ids(), text_of(random_tokens(130)), context=9)
+    assert [(a.num_sinks, a.window) for a in found.sinks] == [(0, 8), (1, 7), (2, 6)]
+    assert [a.num_sinks + a.window for a in found.windows] == [8]
+
+
 def arm(num_sinks: int, window: int, over_best: float, error: float = 0.0) -> Arm:
     return Arm(num_sinks, window, 3 + over_best, over_best, error, 1000)
 
