@@ -137,7 +137,7 @@ def _draw(share: SinkShare, path: Path) -> None:
 
     values = share.shares[:, :, :ON_FIRST].sum(axis=2)
     layers, heads = values.shape
-    size = (2.5 + min(0.25 * heads, 8), 1.5 + min(0.25 * layers, 8))
+    size = (2.5 + min(0.25 * heads, 8), max(3.5, 1.5 + min(0.25 * layers, 8)))
     figure: Any = Figure(figsize=size, layout="constrained", facecolor="white")
     axes: Any = figure.add_subplot()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
