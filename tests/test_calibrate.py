@@ -271,3 +271,12 @@ def test_figures_are_json(calibrated: tuple[Path, Calibration]):
     figures = json.loads(json.dumps(calibrated[1].to_dict()))
     assert figures["recommended"].keys() == {"num_sinks", "window"}
     assert len(figures["sinks"]) == 5
+
+
+def test_the_model_inside_has_a_sink():
+    """Known of this model: it was trained to have one, and is lost without it."""
+    model, tokenizer = mlx_lm.load(str(Path(mlx_sink.__file__).with_name("demo")))
+    found = calibrate(model, tokenizer, files.sample_text()[:1500], context=512)
+    assert found.sinks_matter
+    assert found.settings.num_sinks == 1
+    assert found.share.of_layer(1)[0] > 0.3

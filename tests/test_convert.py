@@ -91,6 +91,16 @@ def test_the_report_is_that_of_load(source: Path, tmp_path: Path):
     assert report.config == SinkConfig(settings.num_sinks, settings.window)
 
 
+def test_a_quantised_source(source: Path, tmp_path: Path):
+    """A folder of mlx-lm's is a checkpoint like any other; quantising it again is refused."""
+    recipe = Recipe(quantize=True, q_bits=4, q_group_size=32)
+    first = convert(source, tmp_path / "first", recipe=recipe)
+    second = convert(first.path, tmp_path / "second")
+    assert files_of(second.path) == files_of(first.path)
+    with pytest.raises(mlx_sink.ConfigError, match="--quantize changes nothing"):
+        convert(first.path, tmp_path / "third", recipe=recipe)
+
+
 def test_a_section_is_kept(tmp_path: Path):
     """Converting once more, to other types say, keeps what was measured."""
     section = {"num_sinks": 1, "window": 23}
