@@ -24,6 +24,10 @@ WINDOWS = 5
 """Sizes of the window that are tried, each half of the next."""
 TOLERANCE = 0.01
 """Loss in nats, 1 % of perplexity, that counts as none."""
+BLOCK = 16
+"""Neighbouring tokens whose losses count as one when their spread is estimated."""
+SIGNIFICANT = 3
+"""Standard errors: the best of five arms is the best by chance too."""
 CHUNK = 256
 MIN_TOKENS, MAX_TOKENS = 128, 16_384
 SHARE_TOKENS = 2048
@@ -38,7 +42,7 @@ class Arm:
         window: As in `SinkConfig`.
         loss: Mean loss in nats over the tokens that all arms of its table share.
         over_best: How much that is above the best arm of the table.
-        error: Standard error of `over_best`, the tokens taken as independent.
+        error: Standard error of `over_best`, from the means of 16 neighbouring tokens each.
         cache_bytes: Bytes of a full cache for one sequence.
     """
 
@@ -63,7 +67,7 @@ class Calibration:
         share: Attention on the first tokens.
         settings: What is recommended.
         sinks_matter: Without sinks the loss is higher, by more than `TOLERANCE` and by more than
-            twice its standard error.
+            three standard errors.
         is_levelled: The loss had stopped falling within the windows that were tried. Where it had
             not and the text was too short for larger ones, the default window is recommended if
             that is larger.
@@ -92,8 +96,8 @@ class Calibration:
             ]
         else:
             lines = [
-                "Sinks do not matter for this model on this text: without them its loss is "
-                f"{without.over_best:.3f} ± {without.error:.3f} nats above the best."
+                "Sinks are not shown to matter for this model on this text: without them its loss "
+                f"is {without.over_best:.3f} ± {without.error:.3f} nats above the best."
             ]
         lines.append(f"Recommended: num_sinks {s.num_sinks}, window {s.window}.")
         if not self.is_levelled:
@@ -173,7 +177,7 @@ def calibrate(
     if not is_levelled:
         window = max(window, SinkConfig.for_context(context, num_sinks).window)
     without = sinks[0]
-    matter = without.over_best > max(TOLERANCE, 2 * without.error)
+    matter = without.over_best > max(TOLERANCE, SIGNIFICANT * without.error)
     settings = Settings(num_sinks, window)
     return Calibration(n, sinks, capacity, windows, largest, share, settings, matter, is_levelled)
 
@@ -217,18 +221,25 @@ def _arms(
     arms: list[Arm] = []
     for config, nbytes, loss in zip(configs, sizes, losses, strict=True):
         difference = loss - best
-        error = float(difference.std() / math.sqrt(len(difference)))
         arms.append(
             Arm(
                 config.num_sinks,
                 config.window,
                 float(loss.mean()),
                 float(difference.mean()),
-                error,
+                _error(difference),
                 nbytes,
             )
         )
     return tuple(arms)
+
+
+def _error(difference: np.ndarray) -> float:
+    """Return the standard error of a mean over a text, whose neighbouring tokens go together."""
+    blocks = np.array(
+        [part.mean() for part in np.array_split(difference, len(difference) // BLOCK)]
+    )
+    return float(blocks.std(ddof=1) / math.sqrt(len(blocks)))
 
 
 def _losses(model: nn.Module, tokens: list[int], bar: tqdm[Any]) -> np.ndarray:

@@ -91,7 +91,7 @@ def card(found: Calibration, model: str, text: str, drawn: bool) -> str:
         "",
         f"Mean loss in nats over the {found.tokens - 1 - found.sinks_from:,} tokens after the "
         f"first eviction, all of them with {found.sinks_from} tokens in the cache; ± is the "
-        "standard error of the difference, the tokens taken as independent.",
+        "standard error of the difference.",
         "",
         *_table(found.sinks, "num_sinks"),
         "",

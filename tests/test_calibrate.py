@@ -169,7 +169,7 @@ def test_it_tells_a_model_with_a_sink_from_one_without():
     assert without.share.of_layer(1)[0] < 0.05
     assert not without.sinks_matter
     assert without.settings.num_sinks == 0
-    assert "do not matter" in without.verdict
+    assert "not shown to matter" in without.verdict
 
 
 def test_short_texts_are_refused():

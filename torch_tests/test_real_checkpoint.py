@@ -61,7 +61,7 @@ def test_logits_and_first_tokens(tmp_path: Path):
 def test_it_has_no_sink(tmp_path: Path):
     """Known of this model: no attention to speak of on its first token, and no use for sinks."""
     assert DATA is not None
-    text = Text(sample_text()[:1500], SAMPLE)
+    text = Text(sample_text()[:3000], SAMPLE)
     made = convert(Path(DATA) / "models" / "stories260K", tmp_path / "made", calibrate_on=text)
     assert made.calibration is not None
     assert not made.calibration.sinks_matter
