@@ -49,7 +49,7 @@ def whole_folder(path: Path) -> Generator[Path]:
         yield folder
         for file in folder.rglob("*"):
             if file.is_file():
-                _sync_file(file)
+                sync_file(file)
         sync_folder(folder)
         # A folder may take the place of an empty one; of a file, or of anything more, it cannot.
         os.rename(folder, path)
@@ -78,7 +78,8 @@ def _is_other_process(pid: int) -> bool:
     return True
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Put a file's data on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
