@@ -1,10 +1,12 @@
 // Decode attention over a sink ring, pass 1: up to 8 new tokens against the live rows of a ring.
 //
-// q [B, H, L, D], k [B, HKV, N, D], v [B, HKV, N, DV]; H = G * HKV.
+// The first part of the body, in another file, says what `keys` and `values` are: the rows of kv
+// head `hk` of sequence `b`, D and DV elements each.
+// q [B, H, L, D]; H = G * HKV.
 // ranges [B or 1, 8, 8] int32: up to 8 runs of live rows, in the order they are met. Columns:
 //   0 first row, 1 rows, 2 turn (0 none, 1 previous epoch, 2 sinks), 3 edge, 4 token, 5 reach
 //   (the last three are a Sight).
-// k and v may be strided: a slice of a ring is not copied. q and the tables are contiguous.
+//   q and the tables are contiguous.
 // turns [B or 1, 2 * L * DIMS or more] float32: for turns 1 and 2, for each query, DIMS / 2 cosines
 //   and as many sines.
 // learned [H or more] float32: learned sink logits. scalars [8] float32: factor on q, softcap,
@@ -19,15 +21,9 @@
 // registers hold, RG simdgroups own ROWS rows each, and share tiles of keys through threadgroup
 // memory (KS == 1). A lane owns EK dimensions of q and k, EV of v and out.
 constexpr int R = G * L;
-constexpr int WK = EK % 4 == 0 ? 4 : 2;
-constexpr int WV = EV % 4 == 0 ? 4 : 2;
 constexpr int STEP = RG > 1 ? TILE : TK;
 constexpr int GIVEN = KS > 1 ? KS / 2 * ROWS : 1;
 constexpr int STAGED = RG > 1 ? TILE * (D + DV) / 4 : 1;
-using KVec = const device vec<T, WK>*;
-using VVec = const device vec<T, WV>*;
-using StagedKVec = const threadgroup vec<T, WK>*;
-using StagedVVec = const threadgroup vec<T, WV>*;
 
 threadgroup float given_o[GIVEN * DV];
 threadgroup float given_ml[GIVEN * 2];
@@ -39,18 +35,9 @@ const int slice = sg / RG;
 const int row0 = (sg % RG) * ROWS;
 const int split = int(threadgroup_position_in_grid.x);
 const int splits = int(threadgroups_per_grid.x);
-const int hk = int(threadgroup_position_in_grid.y);
-const int b = int(threadgroup_position_in_grid.z);
 const size_t head = size_t(b) * threadgroups_per_grid.y + size_t(hk);
 
 const device T* q_rows = q + head * R * D;
-const device T* k_rows = k + b * size_t(k_strides[0]) + hk * size_t(k_strides[1]);
-const device T* v_rows = v + b * size_t(v_strides[0]) + hk * size_t(v_strides[1]);
-const int k_row = int(k_strides[2]);
-const int v_row = int(v_strides[2]);
-// Whole vectors are loaded where a row's elements are neighbours and rows begin where vectors may.
-const int k_step = int(k_strides[3]);
-const int v_step = int(v_strides[3]);
 const device int* table = ranges + (ranges_shape[0] == 1 ? 0 : b) * 64;
 const device float* turn_rows = turns + (turns_shape[0] == 1 ? 0 : b * turns_shape[1]);
 
@@ -108,39 +95,41 @@ for (int i = 0; i < 8; ++i) {
     for (int at = low; at < high; at += TK) {
       const int n = min(TK, high - at);
       const size_t row = size_t(range[0] + at);
-      load_tile<T, TK, EK, WK, KVec>(
-          k_rows + row * k_row + first_k * k_step, k_row, k_step, n, idle_k, k_tile);
-      load_tile<T, TK, EV, WV, VVec>(
-          v_rows + row * v_row + first_v * v_step, v_row, v_step, n, idle_v, v_tile);
+      stand_at(keys, row);
+      stand_at(values, row);
+      load_tile<TK, EK>(keys, first_k, n, idle_k, k_tile);
+      load_tile<TK, EV>(values, first_v, n, idle_v, v_tile);
       sight.token = range[4] + at;
       attend_tile<T, L, TK, SOFTCAP>(
           rows, k_tile, v_tile, n, sight, row0, scalars[1], lane);
     }
   } else {
     // All simdgroups have the same slice, so all of them meet at these barriers.
-    const threadgroup T* k_staged = reinterpret_cast<const threadgroup T*>(staged);
-    const threadgroup T* v_staged = k_staged + TILE * D;
+    StagedRows<T> k_staged;
+    k_staged.row = D;
+    StagedRows<T> v_staged;
+    v_staged.row = DV;
     T part[4];
     for (int at = low; at < high; at += TILE) {
       const int n = min(TILE, high - at);
       const size_t row = size_t(range[0] + at);
+      stand_at(keys, row);
+      stand_at(values, row);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int c = int(thread_index_in_threadgroup); c < n * D / 4; c += 32 * RG) {
-        const device T* from = k_rows + (row + c / (D / 4)) * k_row + c % (D / 4) * 4 * k_step;
-        load_run<T, 4, 4, const device vec<T, 4>*>(from, k_step, part);
+        load_elements<4>(keys, c / (D / 4), c % (D / 4) * 4, part);
         staged[c] = vec<T, 4>(part[0], part[1], part[2], part[3]);
       }
       for (int c = int(thread_index_in_threadgroup); c < n * DV / 4; c += 32 * RG) {
-        const device T* from = v_rows + (row + c / (DV / 4)) * v_row + c % (DV / 4) * 4 * v_step;
-        load_run<T, 4, 4, const device vec<T, 4>*>(from, v_step, part);
+        load_elements<4>(values, c / (DV / 4), c % (DV / 4) * 4, part);
         staged[TILE * D / 4 + c] = vec<T, 4>(part[0], part[1], part[2], part[3]);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int t = 0; t < n; t += TK) {
-        load_tile<T, TK, EK, WK, StagedKVec>(
-            k_staged + t * D + first_k, D, 1, n - t, idle_k, k_tile);
-        load_tile<T, TK, EV, WV, StagedVVec>(
-            v_staged + t * DV + first_v, DV, 1, n - t, idle_v, v_tile);
+        k_staged.here = reinterpret_cast<const threadgroup T*>(staged) + t * D;
+        v_staged.here = reinterpret_cast<const threadgroup T*>(staged) + TILE * D + t * DV;
+        load_tile<TK, EK>(k_staged, first_k, n - t, idle_k, k_tile);
+        load_tile<TK, EV>(v_staged, first_v, n - t, idle_v, v_tile);
         sight.token = range[4] + at + t;
         attend_tile<T, L, TK, SOFTCAP>(
             rows, k_tile, v_tile, n - t, sight, row0, scalars[1], lane);

@@ -39,20 +39,56 @@ METAL_FUNC void load_run(P from, int step, thread T* to) {
   }
 }
 
-// A lane's E dimensions of the first n of TK keys, zero for the rest: a slot that is not live may
+// Where rows lie: in device memory, in the dtype of the model. They may be strided: whole vectors
+// are loaded where a row's elements are neighbours and rows begin where vectors may.
+template <typename T>
+struct PlainRows {
+  const device T* first;
+  const device T* here;  // the row that rows are counted from
+  int row;               // from one row to the next
+  int step;              // from one element of a row to the next
+};
+
+// Rows one after the other in threadgroup memory.
+template <typename T>
+struct StagedRows {
+  const threadgroup T* here;
+  int row;
+};
+
+template <typename T>
+METAL_FUNC void stand_at(thread PlainRows<T>& rows, size_t row) {
+  rows.here = rows.first + row * rows.row;
+}
+
+// E elements of a row, from element `at` on.
+template <int E, typename T>
+METAL_FUNC void load_elements(const thread PlainRows<T>& rows, int row, int at, thread T* to) {
+  constexpr int W = E % 4 == 0 ? 4 : 2;
+  load_run<T, E, W, const device vec<T, W>*>(
+      rows.here + row * rows.row + at * rows.step, rows.step, to);
+}
+
+template <int E, typename T>
+METAL_FUNC void load_elements(const thread StagedRows<T>& rows, int row, int at, thread T* to) {
+  constexpr int W = E % 4 == 0 ? 4 : 2;
+  load_run<T, E, W, const threadgroup vec<T, W>*>(rows.here + row * rows.row + at, 1, to);
+}
+
+// A lane's E dimensions of the first n of TK rows, zero for the rest: a slot that is not live may
 // hold anything, and zero times anything is not zero. Idle lanes, beyond the head, get zeros.
-template <typename T, int TK, int E, int W, typename V, typename P>
-METAL_FUNC void load_tile(P from, int stride, int step, int n, bool idle, thread T* tile) {
+template <int TK, int E, typename T, typename From>
+METAL_FUNC void load_tile(const thread From& rows, int at, int n, bool idle, thread T* tile) {
   const int held = idle ? 0 : n;
   if (held >= TK) {
     for (int j = 0; j < TK; ++j) {
-      load_run<T, E, W, V>(from + j * stride, step, tile + j * E);
+      load_elements<E>(rows, j, at, tile + j * E);
     }
     return;
   }
   for (int j = 0; j < TK; ++j) {
     if (j < held) {
-      load_run<T, E, W, V>(from + j * stride, step, tile + j * E);
+      load_elements<E>(rows, j, at, tile + j * E);
     } else {
       for (int e = 0; e < E; ++e) {
         tile[j * E + e] = static_cast<T>(0.0f);

@@ -6,22 +6,21 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import groupby
 
 import mlx.core as mx
 
 from mlx_sink import reference
-from mlx_sink.kernels import selfcheck
-from mlx_sink.kernels.decode import decode, fits, tables_of
+from mlx_sink.kernels import prefillcheck, selfcheck
+from mlx_sink.kernels.decode import MAX_QUERIES, decode, fits, tables_of
+from mlx_sink.kernels.decode_packed import decode_packed
+from mlx_sink.kernels.prefill import prefill
+from mlx_sink.kernels.prefill import tables_of as prefill_tables_of
+from mlx_sink.reference import BLOCK
 from mlx_sink.ring import Block, Layout, Turn, blocks_of
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import Packed
 
-BLOCK = 64
-"""Queries attended together: keys that none of them sees are never multiplied.
-
-A block multiplies ``S + W + BLOCK`` keys a query where ``S + W`` are needed; smaller blocks
-waste less and cost more calls. On a CPU 64 is the fastest for windows up to 1,024 and as fast
-as any other for longer ones.
-"""
 STILL = frozenset([Turn.NONE])
 
 
@@ -60,6 +59,7 @@ def sink_attention(
     scale: float,
     softcap: float | None = None,
     learned_sinks: mx.array | None = None,
+    packed: tuple[Packed, Packed] | None = None,
 ) -> mx.array:
     """Attend from new tokens to the sinks and the window, at StreamingLLM's distances.
 
@@ -77,51 +77,73 @@ def sink_attention(
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the softmax (Gemma 2).
         learned_sinks: A logit a head, ``[n_heads]``, that takes its share of the softmax and has
             no value (gpt-oss).
+        packed: The same keys and values as they are held, if quantised.
 
     Returns:
         ``[B, n_heads, L, v_head_dim]``.
 
-    Rule: where no key of a block needs a turn (before the first wrap, without sinks, or in a
-    layer without positions) and no score is capped, MLX's fused attention; elsewhere, for a
-    call of at most 8 new tokens whose keys lie in at most 8 ranges (`kernels.decode.fits`), the
-    kernel `kernels.decode` if it has passed its check on this machine, for as many tokens
-    (`kernels.selfcheck.serves`); for everything else `reference.attend`.
+    Rule, for blocks of the call's queries:
+
+    1. Quantised keys and values, and a call of at most 8 tokens whose keys lie in at most 8
+       ranges (`kernels.decode.fits`): the kernel `kernels.decode_packed`, if it has passed its
+       check on this machine (`kernels.selfcheck.serves`). Elsewhere they are expanded first, and
+       then are as any others.
+    2. No key of the block needs a turn (before the first wrap, without sinks, or in a layer
+       without positions), and no score is capped: MLX's fused attention.
+    3. Such a short call: the kernel `kernels.decode`, if it has passed its check on this machine,
+       for as many tokens.
+    4. A longer call: the kernel `kernels.prefill`, for all its blocks together, if it has passed
+       its check on this machine and was faster there than the plain operations
+       (`kernels.prefillcheck.serves`). It knows no chunked attention (Llama 4).
+    5. Everything else: the plain operations, `reference.attend`.
+
+    The kernels serve heads that begin with the rotated dimensions.
     """
     if (observer := _observer.get()) is not None:
         observer(Attended(queries, keys, layout, scale, softcap, learned_sinks))
-    turned: dict[Turn, mx.array] = {}
     start, window = layout.ring.tokens, layout.ring.window
+    options: reference.Extras = {"softcap": softcap, "learned_sinks": learned_sinks}
+    turned = reference.Turned(queries, layout, rotation, scale)
 
-    def under(turn: Turn) -> mx.array:
-        if turn not in turned:
-            if turn is Turn.NONE or rotation.is_identity:
-                turned[turn] = queries * scale
-            else:
-                positions = layout.turns(turn)
-                turned[turn] = rotation.turn(under(Turn.NONE), positions, key=(layout, turn))
-        return turned[turn]
+    def rows(first: int, last: int) -> mx.array:
+        whole = last - first == layout.n
+        return queries if whole else queries[:, :, first - start : last - start]
+
+    def is_still(block: Block) -> bool:
+        return softcap is None and (rotation.is_identity or block.turns == STILL)
 
     def attend(block: Block) -> mx.array:
-        rows = slice(block.first - start, block.last - start)
-        q = queries if block.n == layout.n else queries[:, :, rows]
-        if softcap is None and (rotation.is_identity or block.turns == STILL):
+        q = rows(block.first, block.last)
+        if (
+            packed is not None
+            and rotation.start == 0
+            and fits(layout, block, packed=True)
+            and selfcheck.serves(q, keys, values, rotation, packed=packed, **options)
+        ):
+            tables = tables_of(layout, block, rotation, packed=True)
+            return decode_packed(q, *packed, tables, scale=scale, **options)
+        if is_still(block):
             return reference.attend_fused(q, keys, values, block, window, scale, learned_sinks)
-        if fits(layout, block) and selfcheck.serves(
-            *(q, keys, values, rotation), softcap=softcap, learned_sinks=learned_sinks
+        if (
+            rotation.start == 0
+            and fits(layout, block)
+            and selfcheck.serves(q, keys, values, rotation, **options)
         ):
             tables = tables_of(layout, block, rotation)
-            return decode(
-                *(q, keys, values, tables),
-                scale=scale,
-                softcap=softcap,
-                learned_sinks=learned_sinks,
-            )
-        qs = {turn: under(turn) for turn in block.turns}
-        if block.n < layout.n:
-            qs = {turn: q[:, :, rows] for turn, q in qs.items()}
-        return reference.attend(
-            qs, keys, values, block, window, softcap=softcap, learned_sinks=learned_sinks
-        )
+            return decode(q, keys, values, tables, scale=scale, **options)
+        return reference.attend(turned.of(block), keys, values, block, window, **options)
 
-    outputs = [attend(block) for block in blocks_of(layout, BLOCK)]
+    is_chunk = layout.n > MAX_QUERIES and rotation.start == 0 and not layout.ring.chunked
+    outputs: list[mx.array] = []
+    for still, group in groupby(blocks_of(layout, BLOCK), is_still):
+        blocks = list(group)
+        tile = None
+        if is_chunk and not still:
+            tile = prefillcheck.serves(queries, keys, values, rotation, **options)
+        if tile is None:
+            outputs += map(attend, blocks)
+            continue
+        first, last = blocks[0].first, blocks[-1].last
+        tables = prefill_tables_of(layout, first, last, rotation, tile.queries)
+        outputs.append(prefill(rows(first, last), keys, values, tables, scale=scale, **options))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)

@@ -59,12 +59,13 @@ def write_calibration(folder: Path, found: Calibration, text: str) -> list[str]:
         },
     }
     file.write_text(json.dumps(dict(sorted(config.items())), indent=4), encoding="utf-8")
-    drawn = find_spec("matplotlib") is not None
+    can_draw = find_spec("matplotlib") is not None
+    drawn = can_draw and len(found.share.layers) > 0
     if drawn:
         _draw(found.share, folder / PICTURE)
     model = str(config["model_type"])
     (folder / CARD).write_text(card(found, model, text, drawn), encoding="utf-8")
-    return [] if drawn else [NO_MATPLOTLIB]
+    return [] if can_draw else [NO_MATPLOTLIB]
 
 
 def card(found: Calibration, model: str, text: str, drawn: bool) -> str:
@@ -110,7 +111,7 @@ def card(found: Calibration, model: str, text: str, drawn: bool) -> str:
         f"| layer | on the first token | on the first {ON_FIRST} | of the strongest head |",
         "|---|---|---|---|",
     ]
-    strongest = share.shares[:, :, :ON_FIRST].sum(axis=2).max(axis=1)
+    strongest = [heads.sum(axis=1).max() for heads in share.shares[:, :, :ON_FIRST]]
     rows = zip(share.layers, share.of_layer(1), share.of_layer(ON_FIRST), strongest, strict=True)
     lines += [f"| {i} | {a:.4f} | {b:.4f} | {c:.4f} |" for i, a, b, c in rows]
     if drawn:

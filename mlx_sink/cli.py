@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from mlx_sink.config import DEFAULT_NUM_SINKS, DEFAULT_WINDOW
+from mlx_sink.config import DEFAULT_NUM_SINKS, DEFAULT_WINDOW, NUM_DRAFT_TOKENS
 from mlx_sink.errors import OutputError, SinkError
 
 STATUS_ERROR = 2
@@ -54,6 +54,17 @@ def add_sink_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="newest tokens that stay visible (default: as the model's config.json says, or "
         f"{DEFAULT_WINDOW}, or as many as its trained context holds)",
+    )
+
+
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of speculative decoding, spelled as mlx-lm spells them."""
+    parser.add_argument(
+        "--draft-model",
+        help="a smaller model of the same family that guesses tokens ahead: the same text, sooner",
+    )
+    parser.add_argument(
+        "--num-draft-tokens", type=int, help=f"tokens guessed at once ({NUM_DRAFT_TOKENS})"
     )
 
 

@@ -17,6 +17,14 @@ The error of a float32 RoPE angle grows with the position: up to here it moves a
 than 1e-4, at 32,768 by 5e-4.
 """
 
+NUM_DRAFT_TOKENS = 3
+"""Tokens that a draft model guesses at once unless stated, as in mlx-lm's command."""
+
+BITS = (8, 4)
+GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP_SIZE = 64
+"""As in mlx-lm and MLX."""
+
 
 @dataclass(frozen=True, slots=True)
 class SinkConfig:
@@ -29,8 +37,15 @@ class SinkConfig:
         num_sinks: First tokens of the stream that are never evicted; at least 0.
         window: Newest tokens that stay visible, the token's own included; at least 1.
         epoch: Tokens after which the positions that RoPE sees start again from 0; at least
-            ``num_sinks + window``. ``None`` means 4096, or the capacity if that is more. It
-            changes no result beyond rounding; tests make it small.
+            ``num_sinks + window + rollback``. ``None`` means 4096, or that sum if it is more.
+            It changes no result beyond rounding; tests make it small.
+        rollback: Newest tokens that can be taken back at any time, exactly; at least 0. Each
+            costs a slot.
+        kv_bits: 8 or 4 to keep keys and values quantised to so many bits, in MLX's affine
+            layout; ``None`` for the dtype of the model. Sinks stay in that dtype.
+        kv_group_size: Elements of a key or value that share a scale and a bias: 32, 64 or 128.
+        k_bits: As ``kv_bits``, for keys alone.
+        v_bits: As ``kv_bits``, for values alone.
 
     Raises:
         ConfigError: A value is not an integer or out of range.
@@ -42,27 +57,55 @@ class SinkConfig:
     num_sinks: int = DEFAULT_NUM_SINKS
     window: int = DEFAULT_WINDOW
     epoch: int | None = None
+    rollback: int = 0
+    kv_bits: int | None = None
+    kv_group_size: int = DEFAULT_GROUP_SIZE
+    k_bits: int | None = None
+    v_bits: int | None = None
 
     def __post_init__(self) -> None:
         _check_integer("num_sinks", self.num_sinks, at_least=0)
         _check_integer("window", self.window, at_least=1)
+        _check_integer("rollback", self.rollback, at_least=0)
         if self.epoch is not None:
             _check_integer("epoch", self.epoch, at_least=1)
-            if self.epoch < self.capacity:
+            if self.epoch < self.slots:
+                parts = "num_sinks + window" + " + rollback" * (self.rollback > 0)
                 raise ConfigError(
-                    f"epoch must be at least num_sinks + window ({self.capacity}), "
-                    f"got {self.epoch}"
+                    f"epoch must be at least {parts} ({self.slots}), got {self.epoch}"
                 )
+        for name, bits in (("kv_bits", self.kv_bits), *self._own_bits):
+            if bits is not None:
+                _check_choice(name, bits, BITS)
+        _check_choice("kv_group_size", self.kv_group_size, GROUP_SIZES)
+        given = [name for name, bits in self._own_bits if bits is not None]
+        if self.kv_bits is None and len(given) == 1:
+            raise ConfigError(f"{given[0]} alone is not supported: give kv_bits for the others")
+
+    @property
+    def _own_bits(self) -> tuple[tuple[str, int | None], ...]:
+        return ("k_bits", self.k_bits), ("v_bits", self.v_bits)
+
+    @property
+    def bits(self) -> tuple[int | None, int | None]:
+        """Bits of keys and of values, the defaults resolved; ``None`` for the model's dtype."""
+        k, v = (self.kv_bits if bits is None else bits for _, bits in self._own_bits)
+        return k, v
 
     @property
     def capacity(self) -> int:
-        """Tokens that the cache holds when full: ``num_sinks + window``."""
+        """Tokens that the context of a full cache has: ``num_sinks + window``."""
         return self.num_sinks + self.window
+
+    @property
+    def slots(self) -> int:
+        """Slots of a full cache: the capacity, and one for each token of `rollback`."""
+        return self.capacity + self.rollback
 
     @property
     def epoch_length(self) -> int:
         """Tokens in an epoch, the default resolved."""
-        return max(self.capacity, DEFAULT_EPOCH) if self.epoch is None else self.epoch
+        return max(self.slots, DEFAULT_EPOCH) if self.epoch is None else self.epoch
 
     def check_context(self, context: int | None) -> None:
         """Raise unless the whole context lies within what the model was trained on.
@@ -126,3 +169,9 @@ def _check_integer(name: str, value: object, at_least: int) -> None:
         raise ConfigError(f"{name} must be an integer, got {value!r}")
     if value < at_least:
         raise ConfigError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
+    if value not in choices or isinstance(value, bool):
+        words = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+        raise ConfigError(f"{name} must be {words}, got {value!r}")

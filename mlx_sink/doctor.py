@@ -1,7 +1,9 @@
 """``python -m mlx_sink.doctor``: is the kernel right on this machine, and what does it gain?
 
 Checks every common specialisation anew, whatever verdict was kept, and times one decode step of
-one attention layer. Without Metal it times what serves there.
+one attention layer, and on Metal a chunk that is read. Without Metal it times what serves there.
+What use has found about other specialisations (learned sinks, unusual heads) is in the verdicts
+that were kept, which it lists.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from tqdm import tqdm
 from mlx_sink import cli, reference
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError
-from mlx_sink.kernels import decode, selfcheck, source
+from mlx_sink.kernels import decode, prefillcheck, selfcheck, source
 from mlx_sink.kernels.selfcheck import Specialisation
 from mlx_sink.ring import Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
@@ -144,7 +146,8 @@ def examine(
 
     Returns:
         A JSON-ready dictionary: ``machine``, ``metal``, ``backend`` (``metal``, ``cuda`` or
-        empty), ``ring`` and a list of ``kernels``.
+        empty), ``ring``, a list of ``kernels`` and one for ``prefill`` (`examine_prefill`), and
+        the verdicts ``kept`` from use.
     """
     available = source.is_available()
     kernels: list[dict[str, Any]] = []
@@ -171,7 +174,35 @@ def examine(
         "backend": source.backend(),
         "ring": {**config.to_dict(), "n_kv_heads": N_KV_HEADS},
         "kernels": kernels,
+        "prefill": examine_prefill(dtypes, head_dims),
+        "kept": selfcheck.kept() if available else [],
     }
+
+
+def examine_prefill(dtypes: Sequence[str], head_dims: Sequence[int]) -> list[dict[str, Any]]:
+    """Check the prefill kernel and time it against the plain operations; on Metal alone.
+
+    Returns:
+        A dictionary for each kernel; ``speedup`` is None where it failed, and it ``serves`` where
+        it is right and that is above 1.
+    """
+    if source.backend() != "metal":
+        return []
+    found: list[dict[str, Any]] = []
+    for dtype, head_dim in itertools.product(dtypes, head_dims):
+        spec = prefillcheck.Specialisation(DTYPES[dtype], head_dim, head_dim, head_dim, False)
+        verdict = prefillcheck.check(spec)
+        found.append(
+            {
+                "kernel": spec.name,
+                "passed": verdict.passed,
+                "max_error": verdict.error,
+                "reason": verdict.reason,
+                "speedup": verdict.speedup,
+                "serves": verdict.passed and (verdict.speedup or 0) > 1,
+            }
+        )
+    return found
 
 
 def _machine() -> dict[str, str]:
@@ -219,7 +250,27 @@ def as_text(found: dict[str, Any]) -> str:
         )
         if row["passed"] is False:
             lines.append(f"    {row['reason']}")
+    lines += _prefill_lines(found["prefill"])
+    if found["kept"]:
+        wrong = [row for row in found["kept"] if not row["passed"]]
+        lines.append(f"verdicts kept from use: {len(found['kept'])}, {len(wrong)} of them WRONG")
+        lines += [f"{row['kernel']}\n    {row['reason']}" for row in wrong]
     return "\n".join(lines) + "\n"
+
+
+def _prefill_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    chunk, window = prefillcheck.TIMED_CHUNK, prefillcheck.TIMED_RING.window
+    lines = [f"reading {chunk} tokens in one layer, window {window}, against the plain operations"]
+    lines.append(f"{'kernel':<44} {'verdict':<8} {'error':>8} {'speed':>9}")
+    for row in rows:
+        verdict = "right" if row["passed"] else "WRONG"
+        error = "-" if row["max_error"] is None else f"{row['max_error']:.1e}"
+        speed = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+        said = "serves" if row["serves"] else row["reason"] or "the plain operations serve"
+        lines.append(f"{row['kernel']:<44} {verdict:<8} {error:>8} {speed:>9}  {said}")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = (args.dtype, args.head_dim, args.group)
     found = examine(*kinds, config, args.rounds, args.queries)
     cli.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
-    return int(any(row["passed"] is False for row in found["kernels"]))
+    rows = [*found["kernels"], *found["prefill"]]
+    return int(any(row["passed"] is False for row in rows))
 
 
 def _positive(text: str) -> int:

@@ -10,9 +10,17 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 
 from mlx_sink.attach import make_cache
+from mlx_sink.choice import LogitsProcessor, Sampler, greedy
 from mlx_sink.errors import InputError
-from mlx_sink.loop import PREFILL_STEP, LogitsProcessor, Progress, Sampler, greedy, quiet
+from mlx_sink.loop import PREFILL_STEP, Progress, quiet
 from mlx_sink.stream import Stream
+
+INSTEAD = {
+    "max_kv_size": "its size is fixed by attach(model, SinkConfig(window=...))",
+    "kv_bits": "use attach(model, SinkConfig(kv_bits=...))",
+    "draft_model": "use Stream(model, tokenizer, draft_model=...)",
+}
+"""Options of mlx-lm's that are not taken here, and what serves instead."""
 
 
 def stream_generate(
@@ -55,10 +63,10 @@ def stream_generate(
         InputError: The prompt is empty, or an option does not go with a bounded cache.
     """
     for name, value in options.items():
-        if name not in ("max_kv_size", "kv_bits", "draft_model"):
+        if name not in INSTEAD:
             raise TypeError(f"stream_generate() got an unexpected option {name!r}")
         if value is not None:
-            raise InputError(f"{name} does not go with a sink cache: its size is fixed by attach")
+            raise InputError(f"{name} does not go with a sink cache: {INSTEAD[name]}")
     caches: list[Any] = list(make_cache(model)) if prompt_cache is None else prompt_cache
     stream = Stream.over(model, tokenizer, caches)
     bos = stream.tokenizer.bos_token

@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 from tqdm import tqdm
 
 from mlx_sink import cli, sampling, settings
 from mlx_sink.attach import attach
-from mlx_sink.config import SinkConfig
+from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
 from mlx_sink.errors import ConfigError, InputError
-from mlx_sink.load import DEMO, load_unattached
+from mlx_sink.load import DEMO, load_draft, load_unattached
 from mlx_sink.prompt import Prompt, read_text, render
 from mlx_sink.report import Report, format_bytes
 from mlx_sink.settings import Settings
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--stop", nargs="+", default=[], help="strings that end the text")
     sampling.add_options(p)
+    cli.add_draft_options(p)
     p.add_argument("--seed", type=int, help="seed of the random numbers")
     p.add_argument(
         "--prefill-step-size", type=int, default=2048, help="tokens read at once (2048)"
@@ -81,7 +83,14 @@ class _Run:
         self.report = self._attach(loaded.context, loaded.settings)
         self.settings = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
         window = sampling.penalty_window(self.settings)
-        self.text = Stream(self.model, self.tokenizer, seed=args.seed, penalty_window=window)
+        self.text = Stream(
+            self.model,
+            self.tokenizer,
+            seed=args.seed,
+            penalty_window=window,
+            draft_model=self._load_draft(),
+            num_draft_tokens=_num_draft_tokens(args),
+        )
         self.last: GenerationResponse | None = None
         self.read = 0
         self.bar: tqdm[Any] | None = None
@@ -93,7 +102,19 @@ class _Run:
                 raise ConfigError("--pin-system-prompt needs --system-prompt")
             num_sinks = max(self.prompt.system, num_sinks or own.num_sinks or 0)
         config, sources = settings.apply(own, context, num_sinks, args.window)
+        config = replace(config, rollback=_num_draft_tokens(args) if args.draft_model else 0)
         return replace(attach(self.model, config), sources=sources)
+
+    def _load_draft(self) -> nn.Module | None:
+        args = self.args
+        if args.draft_model is None:
+            return None
+        return load_draft(
+            args.draft_model,
+            self.tokenizer,
+            self.report.config,
+            trust_remote_code=args.trust_remote_code,
+        )
 
     def stream(self) -> None:
         """Generate, and write the text as it comes."""
@@ -152,7 +173,13 @@ class _Run:
             "cache_bytes_full": self.report.nbytes,
             "peak_memory_bytes": mx.get_peak_memory(),
             "position": self.text.position,
+            **({"draft": self._drafted()} if self.args.draft_model else {}),
         }
+
+    def _drafted(self) -> dict[str, Any]:
+        guessed, right = self.text.drafted
+        rate = round(right / guessed, 4) if guessed else None
+        return {"guessed": guessed, "accepted": right, "acceptance_rate": rate}
 
 
 def _prompt(args: argparse.Namespace, tokenizer: Any) -> Prompt:
@@ -198,6 +225,12 @@ def _summary(s: dict[str, Any]) -> str:
     if settings.SECTION_SOURCE in s["sources"].values():
         came = ", ".join(f"{name}: {source}" for name, source in s["sources"].items())
         lines.append(f"settings from {came}")
+    if "draft" in s:
+        drafted = s["draft"]
+        lines.append(
+            f"the draft model guessed {drafted['guessed']} tokens, {drafted['accepted']} right"
+            + (f" ({drafted['acceptance_rate']:.0%})" if drafted["guessed"] else "")
+        )
     if s["model"] == DEMO:
         lines.append(
             "this was the small demo model; for a real one: "
@@ -227,12 +260,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _num_draft_tokens(args: argparse.Namespace) -> int:
+    return NUM_DRAFT_TOKENS if args.num_draft_tokens is None else args.num_draft_tokens
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raise for values that only a later, less clear error would complain about."""
     if args.max_tokens == 0 or args.max_tokens < -1:
         raise ConfigError(f"--max-tokens must be positive, or -1 for ever, got {args.max_tokens}")
     if args.prefill_step_size < 1:
         raise ConfigError(f"--prefill-step-size must be at least 1, got {args.prefill_step_size}")
+    if args.num_draft_tokens is not None and args.draft_model is None:
+        raise ConfigError("--num-draft-tokens needs --draft-model")
+    if _num_draft_tokens(args) < 1:
+        raise ConfigError(f"--num-draft-tokens must be at least 1, got {args.num_draft_tokens}")
     SinkConfig(
         num_sinks=0 if args.num_sinks is None else args.num_sinks,
         window=1 if args.window is None else args.window,

@@ -15,7 +15,8 @@ from mlx_sink import checkpoint, settings
 from mlx_sink.attach import attach
 from mlx_sink.checkpoint import first_line
 from mlx_sink.config import SinkConfig
-from mlx_sink.errors import ModelError
+from mlx_sink.draft import check_vocabulary
+from mlx_sink.errors import ConfigError, ModelError
 from mlx_sink.report import Report
 from mlx_sink.settings import Settings
 
@@ -97,6 +98,34 @@ def load(
     if return_report:
         return loaded.model, loaded.tokenizer, report
     return loaded.model, loaded.tokenizer
+
+
+def load_draft(
+    path_or_repo: str | Path, tokenizer: Any, config: SinkConfig, **options: Any
+) -> nn.Module:
+    """Load a draft model for a model, and attach to it.
+
+    Args:
+        path_or_repo: As in `load`.
+        tokenizer: The model's tokenizer.
+        config: What the model keeps; the draft keeps as much of it as its own context holds.
+        options: As in `load`.
+
+    Raises:
+        ModelError: Also when the tokenizers do not match.
+        UnsupportedModelError: As in `load`.
+        ConfigError: The draft's trained context does not even hold the sinks.
+    """
+    model, draft_tokenizer, context, _ = load_unattached(path_or_repo, **options)
+    check_vocabulary(tokenizer, draft_tokenizer)
+    window = config.window if context is None else min(config.window, context - config.num_sinks)
+    if window < 1:
+        raise ConfigError(
+            f"the draft model's context of {context} tokens does not hold the "
+            f"{config.num_sinks} sinks"
+        )
+    attach(model, replace(config, window=window))
+    return model
 
 
 def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:

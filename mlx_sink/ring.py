@@ -7,6 +7,12 @@ tokens (0..8)::
     slot    0  1 | 2  3  4  5
     token   0  1 | 6  7  8  5        token 5 is the oldest, 8 the newest
 
+With R = ``rollback`` spare slots the ring has W + R, and a token is overwritten R tokens later. A
+query sees the newest W all the same; the R before those are kept for when tokens are taken back::
+
+    slot    0  1 | 2  3  4  5  6     R = 1: token 4 is not seen, until 8 is taken back
+    token   0  1 | 7  8  4  5  6
+
 Positions are counted from the start of the current *epoch*, so that they stay small. A key is
 rotated once, at the position it had when it arrived. What a query needs instead is an extra
 *turn*, one for each kind of key range (`Turn`), because rotations add up: R(a) R(b) = R(a + b).
@@ -61,11 +67,17 @@ class Ring:
     Attributes:
         num_sinks: S.
         window: W, own token included.
-        epoch: E, tokens after which positions restart; at least S + W, so that the sinks lie in
-            the first epoch and a window never spans more than two.
+        epoch: E, tokens after which positions restart; at least S + W + R, so that the sinks lie
+            in the first epoch and a window never spans more than two, nor does a window that
+            stands up to R tokens before the newest: two beginnings are all there is to remember.
         tokens: t, tokens seen so far, which is also the index of the next one.
         start: A, the token at which the current epoch began.
         previous: The token at which the epoch before began.
+        rollback: R, spare slots.
+        taken_back: Rows beyond the newest token that are still in the slots: of tokens that were
+            taken back, and not yet overwritten. They have used up as many spare slots.
+        chunked: A query sees nothing before the last token whose index is a multiple of W
+            (chunked attention, Llama 4), and without sinks.
     """
 
     num_sinks: int
@@ -74,16 +86,25 @@ class Ring:
     tokens: int = 0
     start: int = 0
     previous: int = 0
+    rollback: int = 0
+    taken_back: int = 0
+    chunked: bool = False
 
     @classmethod
     def from_config(cls, config: SinkConfig) -> Ring:
         """Return the ring of a stream that has seen nothing."""
-        return cls(config.num_sinks, config.window, config.epoch_length)
+        S, W, E = config.num_sinks, config.window, config.epoch_length
+        return cls(S, W, E, rollback=config.rollback)
 
     @property
     def capacity(self) -> int:
-        """Slots of a full ring, S + W."""
+        """Tokens that a full ring's next query may see, S + W."""
         return self.num_sinks + self.window
+
+    @property
+    def slots(self) -> int:
+        """Slots of a full ring, S + W + R."""
+        return self.capacity + self.rollback
 
     @property
     def position(self) -> int:
@@ -92,56 +113,91 @@ class Ring:
 
     @property
     def live(self) -> int:
-        """Slots that hold a token."""
+        """Slots that hold a token of the context."""
         return min(self.tokens, self.capacity)
+
+    @property
+    def extent(self) -> int:
+        """Slots up to the last that holds a token."""
+        return min(self.tokens, self.slots)
+
+    @property
+    def spare(self) -> int:
+        """How many tokens can be taken back: R; all, while nothing has been overwritten."""
+        if self.tokens + self.taken_back <= self.slots:
+            return self.tokens
+        return self.rollback - self.taken_back
 
     def slot(self, token: int) -> int:
         """Return the slot that holds ``token`` while it is alive."""
         if token < self.num_sinks:
             return token
-        return self.num_sinks + (token - self.num_sinks) % self.window
+        return self.num_sinks + (token - self.num_sinks) % (self.window + self.rollback)
 
     def advanced(self, n: int) -> Ring:
         """Return the state after ``n`` more tokens, in a new epoch if this one is over."""
-        tokens, start, previous = self.tokens + n, self.start, self.previous
-        if tokens - start >= self.epoch:
-            start, previous = tokens, start
-        return Ring(self.num_sinks, self.window, self.epoch, tokens, start, previous)
+        left = max(0, self.taken_back - n)
+        return self._at(self.tokens + n, self.start, self.previous, left)
 
     def trimmed(self, n: int) -> Ring:
         """Return the state with the newest ``n`` tokens taken back.
 
-        Exact only while nothing has been evicted: an overwritten key cannot come back.
-
         Raises:
-            CacheError: More tokens than were seen, or the ring has wrapped.
+            CacheError: More tokens than were seen, or more than can come back: a query would
+                have to see tokens whose keys have been overwritten.
         """
-        if self.tokens > self.capacity:
-            raise CacheError(
-                f"cannot take back {n} tokens: {self.tokens - self.capacity} tokens have been "
-                "evicted, and their keys cannot come back"
-            )
         if not 0 <= n <= self.tokens:
             raise CacheError(f"cannot take back {n} tokens of {self.tokens}")
-        tokens = self.tokens - n
-        start = self.start if tokens >= self.start else self.previous
-        return replace(self, tokens=tokens, start=start)
+        if n > self.spare:
+            raise CacheError(
+                f"cannot take back {n} tokens, only {self.spare}: the keys that would be seen "
+                f"then have been overwritten; SinkConfig(rollback=n) keeps those of n more tokens"
+            )
+        return self._back(n)
+
+    def reopened(self) -> Ring:
+        """Return the state before the newest token, which must be the next to come.
+
+        This is exact without a spare slot: the one row that may be gone is the one that the
+        newest token has overwritten, and will again.
+
+        Raises:
+            CacheError: There is no token.
+        """
+        if not self.tokens:
+            raise CacheError("cannot read the newest token again: there is none")
+        return self._back(1)
+
+    def _back(self, n: int) -> Ring:
+        tokens, start = self.tokens - n, self.start
+        if tokens < start:
+            # E >= S + W + R: what can be seen from here lies in that epoch, and none before it.
+            start = self.previous
+        return self._at(tokens, start, self.previous, self.taken_back + n)
+
+    def _at(self, tokens: int, start: int, previous: int, taken_back: int) -> Ring:
+        """Return the state at a token, in a new epoch if the one that began at start is over."""
+        if tokens - start >= self.epoch:
+            start, previous = tokens, start
+        S, W, E, R = self.num_sinks, self.window, self.epoch, self.rollback
+        return Ring(S, W, E, tokens, start, previous, R, taken_back, self.chunked)
 
     def live_runs(self) -> tuple[Run, ...]:
-        """Return what the slots hold, in slot order."""
-        t, S, W = self.tokens, self.num_sinks, self.window
+        """Return the tokens of the context in slot order."""
+        t, S = self.tokens, self.num_sinks
         if t <= self.capacity:
             return _non_empty(Run(0, 0, t))
-        newest = self.slot(t - 1)
-        wrapped = newest + 1 - S
+        oldest = t - self.window
+        first = self.slot(oldest)
+        whole = min(self.window, self.slots - first)
         return _non_empty(
             Run(0, 0, S),
-            Run(S, t - wrapped, wrapped),
-            Run(newest + 1, t - W, W - wrapped),
+            Run(S, oldest + whole, self.window - whole),
+            Run(first, oldest, whole),
         )
 
     def in_token_order(self) -> tuple[Run, ...]:
-        """Return what the slots hold, oldest token first."""
+        """Return the tokens of the context, oldest first."""
         return tuple(sorted(self.live_runs(), key=lambda run: run.token))
 
     def writes(self, n: int) -> tuple[Copy, ...]:
@@ -150,10 +206,10 @@ class Ring:
         copies: list[Copy] = []
         if t < S:
             copies.append(Copy(0, t, min(end, S) - t))
-        token = max(t, S, end - self.window)
+        token = max(t, S, end - self.window - self.rollback)
         while token < end:
             slot = self.slot(token)
-            length = min(end - token, self.capacity - slot)
+            length = min(end - token, self.slots - slot)
             copies.append(Copy(token - t, slot, length))
             token += length
         return tuple(copies)
@@ -244,7 +300,7 @@ class Layout:
     def block(self, first: int, last: int) -> Block:
         """Return the keys that queries ``first .. last-1`` see, split by turn."""
         ring, S, W = self.ring, self.ring.num_sinks, self.ring.window
-        oldest = max(S, first - W + 1)
+        oldest = max(S, first - first % W if ring.chunked else first - W + 1)
         # In the first epoch and with nothing evicted, positions are already right.
         sink = Turn.NONE if ring.start == 0 and last <= ring.capacity else Turn.SINK
         spans = (
@@ -296,11 +352,15 @@ def layout_of(ring: Ring, n: int) -> Layout:
 
 @lru_cache(maxsize=64)
 def blocks_of(layout: Layout, size: int) -> tuple[Block, ...]:
-    """Cut the queries of a call into blocks of at most ``size``."""
-    return tuple(
-        layout.block(first, min(first + size, layout.end))
-        for first in range(layout.ring.tokens, layout.end, size)
-    )
+    """Cut the queries of a call into blocks of at most ``size``, and between chunks."""
+    first, blocks = layout.ring.tokens, list[Block]()
+    while first < layout.end:
+        last = min(first + size, layout.end)
+        if layout.ring.chunked:
+            last = min(last, first - first % layout.ring.window + layout.ring.window)
+        blocks.append(layout.block(first, last))
+        first = last
+    return tuple(blocks)
 
 
 def _merged(ranges: Sequence[KeyRange]) -> tuple[Span, ...]:

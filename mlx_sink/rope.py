@@ -8,15 +8,62 @@ embedding does to its input (a constant scale, as YaRN and longrope have it, pas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_sink.errors import UnsupportedModelError
 
 Rope = Callable[..., mx.array]
+
+
+@dataclass(frozen=True, eq=False)
+class RopeCall:
+    """What a model asked of ``mx.fast.rope``, where every rotary embedding of mlx-lm ends.
+
+    Attributes:
+        width: Last dimension of the input.
+        dims: Rotated dimensions, the first ones.
+        traditional: Pairs are neighbours.
+        base: Base of the geometric frequencies, or ``None`` where ``freqs`` says them.
+        scale: Factor on the positions.
+        freqs: Positions per radian of each pair, ``[dims / 2]``.
+    """
+
+    width: int
+    dims: int
+    traditional: bool
+    base: float | None
+    scale: float
+    freqs: mx.array | None
+
+    def __call__(self, x: mx.array, offset: int) -> mx.array:
+        """Rotate ``[B, n_heads, L, width]`` as the model would at positions from ``offset``."""
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=self.traditional,
+            base=self.base,
+            scale=self.scale,
+            offset=offset,
+            freqs=self.freqs,
+        )
+
+    def frequencies(self) -> np.ndarray:
+        """Return radians per position of each pair, ``[dims / 2]`` float64."""
+        if self.freqs is None:
+            powers = np.arange(0, self.dims, 2) / self.dims
+            return self.scale * float(cast("float", self.base)) ** -powers
+        with np.errstate(divide="ignore"):
+            return self.scale / np.array(self.freqs.astype(mx.float32), np.float64)
+
+    def is_like(self, other: RopeCall) -> bool:
+        """Tell whether both rotate alike."""
+        mine = self.width, self.dims, self.traditional
+        theirs = other.width, other.dims, other.traditional
+        return mine == theirs and np.array_equal(self.frequencies(), other.frequencies())
 
 
 class Rotation:
@@ -26,16 +73,24 @@ class Rotation:
         frequencies: Radians per position of each pair, ``[dims / 2]``.
         interleaved: Pairs are ``(0, 1), (2, 3), ...`` (MLX's ``traditional``) rather than
             ``(0, dims / 2), (1, dims / 2 + 1), ...``.
+        start: The first rotated dimension; not 0 where a head begins with a part that has no
+            position (latent attention).
 
-    Dimensions from ``dims`` on are left alone (partial rotary).
+    Dimensions before ``start`` and from ``start + dims`` on are left alone (partial rotary).
 
     Attributes:
         is_identity: True for a layer without positions: no turn changes anything.
     """
 
-    def __init__(self, frequencies: Sequence[float] | np.ndarray, interleaved: bool = False):
+    def __init__(
+        self,
+        frequencies: Sequence[float] | np.ndarray,
+        interleaved: bool = False,
+        start: int = 0,
+    ):
         self.frequencies = np.asarray(frequencies, dtype=np.float64)
         self.interleaved = interleaved
+        self.start = start
         self.is_identity = not self.frequencies.any()
         self._recent: dict[object, tuple[mx.array, ...]] = {}
 
@@ -49,22 +104,24 @@ class Rotation:
 
         Args:
             x: ``[B, n_heads, L, head_dim]``, any float dtype.
-            positions: How far to turn each of the L rows; may be negative.
+            positions: How far to turn each of the L rows, or all of them if it is only one; may
+                be negative.
             key: Stands for ``positions`` among the recent ones.
 
         Returns:
             ``[B, n_heads, L, head_dim]`` in x's dtype; worked out in float32.
         """
-        exact = x.astype(mx.float32)
+        exact, width = x.astype(mx.float32), x.shape[-1]
         if len(positions) == 1:
             # A decode step: one small product costs less than many smaller operations.
-            (matrix,) = self._recall(key, lambda: (self._matrix(positions[0], x.shape[-1]),))
+            (matrix,) = self._recall(key, lambda: (self._matrix(positions[0], width),))
             return (exact @ matrix).astype(x.dtype)
         cos, sin = self._recall(key, lambda: self._table(positions))
-        head = exact[..., : self.dims] if self.dims < x.shape[-1] else exact
-        turned = head * cos + self._partner(head) * sin
-        if self.dims < x.shape[-1]:
-            turned = mx.concatenate([turned, exact[..., self.dims :]], axis=-1)
+        stop = self.start + self.dims
+        part = exact[..., self.start : stop] if self.dims < width else exact
+        turned = part * cos + self._partner(part) * sin
+        if self.dims < width:
+            turned = mx.concatenate([exact[..., : self.start], turned, exact[..., stop:]], axis=-1)
         return turned.astype(x.dtype)
 
     def _partner(self, x: mx.array) -> mx.array:
@@ -102,12 +159,12 @@ class Rotation:
         """Return the rotation as a matrix for rows, ``[head_dim, head_dim]`` in float32."""
         angles = position * self.frequencies
         cos, sin = np.cos(angles), np.sin(angles)
-        matrix = np.zeros((head_dim, head_dim), np.float32)
+        matrix = np.eye(head_dim, dtype=np.float32)
         diagonal = matrix.ravel()[:: head_dim + 1]
-        diagonal[self.dims :] = 1
         step = 1 if self.interleaved else self.dims // 2
-        first = slice(0, self.dims, 2) if self.interleaved else slice(0, step)
-        second = slice(first.start + step, self.dims, first.step)
+        a, stop = self.start, self.start + self.dims
+        first = slice(a, stop, 2) if self.interleaved else slice(a, a + step)
+        second = slice(a + step, stop, first.step)
         diagonal[first] = diagonal[second] = cos
         # Beside the diagonal, a pair's distance away, rows and columns are exchanged.
         matrix.ravel()[step :: head_dim + 1][first] = sin
@@ -118,40 +175,31 @@ class Rotation:
         return self
 
     @classmethod
-    def of(cls, rope: Rope | None) -> Rotation:
-        """Read the rotation from a rope module of MLX or mlx-lm.
+    def of(cls, call: RopeCall | None, width: int = 0) -> Rotation:
+        """Return the rotation of a rotary embedding.
 
         Args:
-            rope: ``None`` for a layer without positions; a module with ``base``, ``scale``
-                (`mlx.nn.RoPE`); or one with ``_freqs``, positions per radian, and ``dims``
-                or ``dim`` (Llama 3, YaRN, longrope, proportional). Anything else is taken
-                for the identity, which `check` then confirms or refuses.
+            call: What the embedding asks for; ``None`` for a layer without positions.
+            width: Last dimension of the keys, if more than what the embedding gets: the parts
+                without a position then come first.
         """
-        if isinstance(rope, nn.RoPE):
-            powers = np.arange(0, rope.dims, 2) / rope.dims
-            return cls(rope.scale * float(rope.base) ** -powers, bool(rope.traditional))
-        periods = getattr(rope, "_freqs", None)
-        if periods is not None:
-            with np.errstate(divide="ignore"):
-                frequencies = 1.0 / np.array(periods.astype(mx.float32), np.float64)
-            return cls(frequencies, bool(getattr(rope, "traditional", False)))
-        return cls([])
+        if call is None:
+            return cls([])
+        return cls(call.frequencies(), call.traditional, max(0, width - call.width))
 
-    def check(self, rope: Rope | None, head_dim: int, farthest: int) -> None:
-        """Hold the rotation against the module it was read from.
+    def check(self, rope: Rope, head_dim: int, farthest: int) -> None:
+        """Hold the rotation against the embedding it was read from.
 
         Verifies ``R(b) rope(x, a) == rope(x, a + b)`` near and far.
 
         Args:
-            rope: The module, called as ``rope(x, offset=a)``.
-            head_dim: Last dimension of the queries and keys.
-            farthest: The largest position that the module will see.
+            rope: The embedding, called as ``rope(x, offset=a)``.
+            head_dim: Last dimension of its input.
+            farthest: The largest position that it will see.
 
         Raises:
-            UnsupportedModelError: The module is not a fixed rotation.
+            UnsupportedModelError: It is not a fixed rotation.
         """
-        if rope is None:
-            return
         x = mx.random.normal((1, 1, 2, head_dim), key=mx.random.key(0))
         # float32 angles are off by up to half a unit in the last place of the position.
         for a, b in ((0, 1), (7, 90), (3, farthest // 2), (farthest // 2, farthest // 2 - 2)):
@@ -160,6 +208,6 @@ class Rotation:
             difference = cast("float", error.item())
             if not difference <= 1e-3 + 1e-6 * (a + b):
                 raise UnsupportedModelError(
-                    f"its position embedding ({type(rope).__name__}) is not a fixed rotation: "
+                    "its position embedding is not a fixed rotation: "
                     f"from position {a} to {a + b} it is off by {difference:.2g}"
                 )

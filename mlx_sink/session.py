@@ -19,6 +19,7 @@ from mlx import utils
 from mlx_sink import store
 from mlx_sink.attach import make_cache
 from mlx_sink.errors import CacheError, SessionError
+from mlx_sink.group import leaves
 from mlx_sink.loop import Loop
 from mlx_sink.trees import pack, unpack
 
@@ -96,7 +97,7 @@ def save(
             "config": _config(loop.model),
             "position": loop.position,
             "recent": list(loop.recent),
-            "penalty_window": loop.recent.maxlen,
+            "penalty_window": loop.penalty_window,
             "caches": caches,
             "text": text,
             "note": dict(note),
@@ -143,13 +144,15 @@ def _restored(model: nn.Module, held: dict[str, Any], arrays: dict[str, mx.array
         if name != type(cache).__name__ or not _fits(state, template):
             raise ValueError(name)
         cache.state = state
-        if getattr(cache, "tokens", position) != position:
-            raise ValueError(position)
+        for part in leaves([cache]):
+            # A cache that its model never feeds stays at 0.
+            if not part.empty() and getattr(part, "tokens", position) != position:
+                raise ValueError(position)
     key = arrays["key"]
     if key.dtype != mx.uint32 or key.shape != (2,):
         raise ValueError(key)
     window = _natural(held["penalty_window"])
-    loop = Loop(model, cast("list[Any]", caches), key=key, penalty_window=window)
+    loop = Loop(model, caches, key=key, penalty_window=window)
     loop.position = position
     loop.recent.extend(map(_natural, held["recent"]))
     logits = arrays.get("logits")

@@ -14,6 +14,7 @@ from mlx_sink import reference
 from mlx_sink.attach import attach, make_cache
 from mlx_sink.attention import Attended, observed
 from mlx_sink.config import SinkConfig
+from mlx_sink.ring import Block, blocks_of
 
 FIRST = 8
 """Tokens at the start whose shares are kept apart."""
@@ -27,7 +28,8 @@ class SinkShare:
     Attributes:
         tokens: Tokens of the text.
         since: The first query that counts: all earlier ones see too few tokens to choose from.
-        layers: Indices of the layers that attend over a cache.
+        layers: Indices of the caches that are attended to through mlx_sink: not those of
+            recurrent layers, nor of models that multiply queries and keys on their own.
         shares: ``[layers, n_heads, FIRST]``, means over the queries from `since` on. A row of a
             layer with fewer heads than others ends in zeros.
     """
@@ -39,7 +41,7 @@ class SinkShare:
 
     def of_layer(self, first: int) -> list[float]:
         """Return each layer's share on the first so many tokens, over all its heads."""
-        return [float(x) for x in self.shares[:, :, :first].sum(axis=2).mean(axis=1)]
+        return [float(heads.sum(axis=1).mean()) for heads in self.shares[:, :, :first]]
 
     def uniform(self, first: int) -> float:
         """Return the share of so many tokens if attention were spread evenly."""
@@ -73,35 +75,43 @@ def sink_share(model: nn.Module, tokens: Sequence[int]) -> SinkShare:
             cast("Any", mx).eval(calls, [cache.state for cache in caches])
             found: list[np.ndarray] = [np.array(share) for share in calls]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
-    heads = max(len(total) for total in totals)
-    shares = np.stack([np.pad(t, ((0, heads - len(t)), (0, 0))) for t in totals]) / (n - since)
-    rings = tuple(layer.index for layer in report.layers if "ring" in layer.cache)
-    layers = rings if len(rings) == len(totals) else tuple(range(len(totals)))
+    heads = max((len(total) for total in totals), default=0)
+    shares = np.zeros((len(totals), heads, FIRST))
+    for row, total in zip(shares, totals, strict=True):
+        row[: len(total)] = total / (n - since)
+    ours = tuple(layer.index for layer in report.layers if layer.attention == "mlx_sink")
+    layers = ours if len(ours) == len(totals) else tuple(range(len(totals)))
     return SinkShare(n, since, layers, shares)
 
 
 def _on_first(attended: Attended, since: int) -> mx.array:
     """Return the attention on the first tokens, ``[n_heads, FIRST]``, summed over the queries."""
-    layout, keys = attended.layout, attended.keys
-    start = layout.ring.tokens
-    block = layout.block(start, layout.end)
-    B, H, L, D = attended.queries.shape
-    n_kv_heads = keys.shape[1]
-    queries = (attended.queries * attended.scale).astype(mx.float32)
-    grouped = mx.reshape(queries, (B, n_kv_heads, H // n_kv_heads, L, D))
-    rows = reference.rows_of(keys, block.spans).astype(mx.float32)
-    scores = grouped @ mx.expand_dims(rows, 2).swapaxes(-1, -2)
+    start, H = attended.layout.ring.tokens, attended.queries.shape[1]
+    total = mx.zeros((H, FIRST))
+    for block in blocks_of(attended.layout, CHUNK):
+        queries = attended.queries[:, :, block.first - start : block.last - start]
+        weights = _weights(attended, queries, block)[:, :, max(0, since - block.first) :]
+        held = [token for r in block.ranges for token in range(r.token, r.token + r.length)]
+        for row, token in enumerate(held):
+            if token < FIRST:
+                total[:, token] += weights[..., row].sum(axis=(0, 2))
+    return total
+
+
+def _weights(attended: Attended, queries: mx.array, block: Block) -> mx.array:
+    """Return a block's attention weights, ``[B, n_heads, L, keys]``, where no key needs a turn."""
+    B, H, L, D = queries.shape
+    n_kv_heads = attended.keys.shape[1]
+    scaled = (queries * attended.scale).astype(mx.float32)
+    grouped = mx.reshape(scaled, (B, n_kv_heads, H // n_kv_heads, L, D))
+    keys = reference.rows_of(attended.keys, block.spans).astype(mx.float32)
+    scores = grouped @ mx.expand_dims(keys, 2).swapaxes(-1, -2)
     if attended.softcap is not None:
         scores = attended.softcap * mx.tanh(scores / attended.softcap)
     scores = mx.reshape(scores, (B, H, L, -1))
-    scores = mx.where(reference.visible(block, layout.ring.window), scores, -mx.inf)
+    window = attended.layout.ring.window
+    scores = mx.where(reference.visible(block, window), scores, -mx.inf)
     if attended.learned_sinks is not None:
         logits = mx.reshape(attended.learned_sinks.astype(mx.float32), (1, H, 1, 1))
         scores = mx.concatenate([scores, mx.broadcast_to(logits, (B, H, L, 1))], axis=-1)
-    weights = mx.softmax(scores, axis=-1)[:, :, max(0, since - start) :]
-    held = [token for r in block.ranges for token in range(r.token, r.token + r.length)]
-    total = mx.zeros((H, FIRST))
-    for row, token in enumerate(held):
-        if token < FIRST:
-            total[:, token] = weights[..., row].sum(axis=(0, 2))
-    return total
+    return mx.softmax(scores, axis=-1)

@@ -15,20 +15,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sink import session
 from mlx_sink.attach import make_cache
+from mlx_sink.choice import LogitsProcessor, Sampler, Sampling, greedy
+from mlx_sink.config import NUM_DRAFT_TOKENS
 from mlx_sink.detokenize import detokenizer_for
+from mlx_sink.draft import Draft, check_caches
 from mlx_sink.errors import InputError, SessionError
-from mlx_sink.loop import (
-    PENALTY_WINDOW,
-    PREFILL_STEP,
-    LogitsProcessor,
-    Loop,
-    Progress,
-    Sampler,
-    Sampling,
-    greedy,
-    quiet,
-    wired,
-)
+from mlx_sink.loop import PENALTY_WINDOW, PREFILL_STEP, Loop, Made, Progress, quiet, wired
 from mlx_sink.randomness import fresh_key
 from mlx_sink.text import Text
 
@@ -45,14 +37,18 @@ class Stream:
         tokenizer: Its tokenizer.
         seed: Of the stream's random numbers; by default drawn from MLX's own.
         penalty_window: Newest tokens that logits processors (repetition penalties) see.
+        draft_model: A smaller model, attached too, that guesses tokens ahead. The text is the
+            model's own all the same, and comes faster where many guesses are right. Both are
+            attached with a ``rollback`` of at least ``num_draft_tokens``.
+        num_draft_tokens: Tokens guessed at once.
 
     Attributes:
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         note: What `save` noted, where the stream was resumed.
 
     Raises:
-        CacheError: The model is not attached.
-        InputError: The penalty window is empty.
+        CacheError: The model is not attached, or cannot take drafted tokens back.
+        InputError: The penalty window is empty, or no token is to be drafted.
     """
 
     def __init__(
@@ -62,12 +58,16 @@ class Stream:
         *,
         seed: int | None = None,
         penalty_window: int = PENALTY_WINDOW,
+        draft_model: nn.Module | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
     ):
         if penalty_window < 1:
             raise InputError(f"penalty_window must be at least 1, got {penalty_window}")
         caches: list[Any] = list(make_cache(model))
         key = fresh_key(seed)
-        self._begin(Loop(model, caches, key=key, penalty_window=penalty_window), tokenizer)
+        draft = _draft(caches, draft_model, num_draft_tokens)
+        loop = Loop(model, caches, key=key, penalty_window=penalty_window, draft=draft)
+        self._begin(loop, tokenizer)
 
     def _begin(self, loop: Loop, tokenizer: Any) -> None:
         self._loop = loop
@@ -93,13 +93,23 @@ class Stream:
         return stream
 
     @classmethod
-    def resume(cls, path: str | Path, model: nn.Module, tokenizer: Any) -> Stream:
+    def resume(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        draft_model: nn.Module | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
+    ) -> Stream:
         """Return a stream that goes on where `save` was called.
 
         Args:
             path: The file.
             model: The same model, attached with the same settings.
             tokenizer: Its tokenizer.
+            draft_model: As in the class. Drafts are not saved: it reads the newest tokens anew.
+            num_draft_tokens: As in the class.
 
         Raises:
             SessionError: The file is missing, damaged, not a session, or of another model,
@@ -108,7 +118,11 @@ class Stream:
         stream = cls.__new__(cls)
         whose = session.fingerprint(model, tokenizer)
         restored = session.resume(Path(path), model, whose)
-        stream._begin(restored.loop, tokenizer)
+        loop = restored.loop
+        loop.draft = _draft(loop.caches, draft_model, num_draft_tokens)
+        if loop.draft and loop.recent:
+            loop.draft.read(list(loop.recent))
+        stream._begin(loop, tokenizer)
         stream._whose, stream.note = whose, restored.note
         if restored.text is not None:
             try:
@@ -171,8 +185,16 @@ class Stream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches."""
-        return sum(cache.nbytes for cache in self.caches)
+        """Bytes of the caches, the draft model's included."""
+        draft = self._loop.draft
+        caches = [*self.caches, *(draft.caches if draft else [])]
+        return sum(cache.nbytes for cache in caches)
+
+    @property
+    def drafted(self) -> tuple[int, int]:
+        """Tokens that the draft model has guessed so far, and how many of them were right."""
+        draft = self._loop.draft
+        return (draft.guessed, draft.right) if draft else (0, 0)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens that `feed` reads for a text.
@@ -270,7 +292,7 @@ class Stream:
 
     def _responses(
         self,
-        tokens: Iterator[tuple[int, mx.array]],
+        tokens: Iterator[Made],
         text: Text,
         max_tokens: int,
         ignore_eos: bool,
@@ -286,7 +308,7 @@ class Stream:
                 while not reason and not self._cancelled.is_set():
                     if turn != self._turn:
                         raise InputError("the stream has moved on since: this answer is over")
-                    token, logprobs = next(tokens)
+                    token, logprobs, from_draft = next(tokens)
                     n += 1
                     ended = token in self.tokenizer.eos_token_ids and not ignore_eos
                     shown = "" if ended else text.feed(token)
@@ -300,7 +322,7 @@ class Stream:
                         text=shown,
                         token=token,
                         logprobs=logprobs,
-                        from_draft=False,
+                        from_draft=from_draft,
                         prompt_tokens=read,
                         prompt_tps=tps,
                         generation_tokens=n,
@@ -310,6 +332,24 @@ class Stream:
                     )
             finally:
                 self._loop.settle()
+
+    def rollback(self, n: int) -> None:
+        """Take back the newest ``n`` tokens, as if they had never been read or made.
+
+        An open answer ends, and what it holds back of its text is dropped. Random numbers are
+        not taken back, so that another answer may come.
+
+        Args:
+            n: At most the ``rollback`` that the model is attached with, less what other tokens
+                that were taken back just before have used up; any number until the first
+                eviction. Drafts use the same slots.
+
+        Raises:
+            CacheError: More than can be taken back; nothing has changed then.
+        """
+        self._turn += 1
+        self._loop.rollback(n)
+        self._text = None
 
     def flush(self) -> str:
         """End the answer, and return the text of it that is still held back."""
@@ -323,3 +363,13 @@ class Stream:
         and can be fed and gone on with. When nothing runs, nothing happens.
         """
         self._cancelled.set()
+
+
+def _draft(caches: list[Any], draft_model: nn.Module | None, n: int) -> Draft | None:
+    """Return the draft of a stream over some caches, if it is to have one."""
+    if draft_model is None:
+        return None
+    of_draft: list[Any] = list(make_cache(draft_model))
+    check_caches(caches, n, "model")
+    check_caches(of_draft, n, "draft model")
+    return Draft(draft_model, of_draft, n)

@@ -2,9 +2,10 @@
 
     python scripts/bench_stream.py --windows 256 1024 4096
 
-Four sections: `position` (is a token late in the stream as cheap as an early one?), `decode` and
-`prefill` (against `RotatingKVCache` of the same capacity), `bytes` (is the report right?). Lines
-for people go to stderr; the last line of stdout is one JSON object.
+Five sections: `position` (is a token late in the stream as cheap as an early one?), `decode` and
+`prefill` (against `RotatingKVCache` of the same capacity), `reading` (a long text in chunks of
+several sizes, against the same: does the time per token stay?), `bytes` (is the report right?).
+Lines for people go to stderr; the last line of stdout is one JSON object.
 
 On Linux, mlx's wheel brings a slow BLAS: preload a tuned one, as in
 `LD_PRELOAD=.../libopenblas.so.0 OPENBLAS_NUM_THREADS=2 python scripts/bench_stream.py`.
@@ -13,6 +14,7 @@ On Linux, mlx's wheel brings a slow BLAS: preload a tuned one, as in
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,9 +38,9 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_sink import SinkCache, SinkConfig, SinkError, attach
 from mlx_sink.attention import sink_attention
-from mlx_sink.rope import Rotation
+from mlx_sink.errors import ConfigError
 
-SECTIONS = ("position", "decode", "prefill", "bytes")
+SECTIONS = ("position", "decode", "prefill", "reading", "bytes")
 EARLY = 2048
 LATE = 1_000_000
 
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         "position": bench_position,
         "decode": bench_decode,
         "prefill": bench_prefill,
+        "reading": bench_reading,
         "bytes": bench_bytes,
     }
     result: dict[str, Any] = {"machine": facts, "options": vars(args)}
@@ -93,6 +96,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=int, default=20, help="decoded tokens before those")
     add("--prefill", type=int, default=8192, help="tokens of the prefill")
     add("--chunk", type=int, default=2048, help="tokens of a prefill chunk")
+    add("--reading", type=int, default=65536, help="tokens that are read in chunks")
+    add("--chunks", type=int, nargs="+", default=[512, 2048, 8192], help="their sizes")
     add("--rounds", type=int, default=5, help="timed prefills, each side")
     return parser.parse_args(argv)
 
@@ -207,7 +212,7 @@ def attention_sides(
     Both get the same chunks of queries, keys and values and update their cache. The masks of
     mlx-lm are made beforehand: all layers of a model share them.
     """
-    rotation, scale, capacity = Rotation.of(model.layers[0].self_attn.rope), 0.125, config.capacity
+    rotation, scale, capacity = model.make_cache()[0].rotation, 0.125, config.capacity
     sizes = [args.chunk] * (args.prefill // args.chunk)
     heads = (args.heads, args.kv_heads, args.kv_heads)
     chunks = [
@@ -234,6 +239,54 @@ def attention_sides(
             mx.eval(scaled_dot_product_attention(q, k, v, cache, scale=scale, mask=mask))
 
     return ours, theirs
+
+
+def bench_reading(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read one long text chunk by chunk, ours and mlx-lm's taking turns at every chunk.
+
+    Chunks that begin before the ring is full are not counted. `late_over_early` is the time of the
+    last quarter of the others over that of their first quarter, medians.
+    """
+    config = SinkConfig(args.num_sinks, args.window)
+    attach(model, config)
+    text = mx.random.randint(0, model.args.vocab_size, (1, args.reading), key=mx.random.key(1))
+    results: list[dict[str, Any]] = []
+    for chunk in args.chunks:
+        warmup = -(-config.capacity // chunk)
+        rounds = args.reading // chunk - warmup
+        if rounds < 1:
+            raise ConfigError(f"--reading must be at least {(warmup + 1) * chunk}")
+        rotating = rotating_caches(model, config.capacity, config.num_sinks)
+        sides = [reader(model, caches, text, chunk) for caches in (model.make_cache(), rotating)]
+        pair = alternate(*sides, rounds=rounds, warmup=warmup)
+        quarter = max(1, rounds // 4)
+        first, last = (
+            statistics.median(side.cpu for side in part)
+            for part in (pair.ours[:quarter], pair.ours[-quarter:])
+        )
+        row = {"chunk": chunk, "late_over_early_cpu": round(last / first, 4)} | pair.to_dict()
+        results.append(row)
+        say(
+            f"reading {args.reading} tokens in chunks of {chunk}: ours "
+            f"{row['ours_ms'] / chunk:.3f} ms a token, RotatingKVCache "
+            f"{row['theirs_ms'] / chunk:.3f}, speed {row['speedup']:.2f}x (by CPU time "
+            f"{row['cpu_speedup']:.2f}x), last quarter over first by CPU time "
+            f"{row['late_over_early_cpu']:.3f}"
+        )
+    return results
+
+
+def reader(model: nn.Module, caches: list[Any], text: mx.array, chunk: int) -> Callable[[], None]:
+    """Return a function that reads the next chunk of a text."""
+    starts = iter(range(0, text.shape[1], chunk))
+
+    def step() -> None:
+        start = next(starts)
+        # All layers, and no logits: prompts need none.
+        mx.eval(model.model(text[:, start : start + chunk], cache=caches))
+        evaluate_caches(caches)
+
+    return step
 
 
 def bench_bytes(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:

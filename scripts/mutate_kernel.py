@@ -1,6 +1,6 @@
-"""Plant mistakes in the decode kernel's text, one at a time, and see that the tests notice each.
+"""Plant mistakes in the kernels' text, one at a time, and see that the tests notice each.
 
-A test set that no mistake can pass is what the kernel's claim to be right rests on. Prints what
+A test set that no mistake can pass is what a kernel's claim to be right rests on. Prints what
 killed each mutant, and ends with status 1 if one survived.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import _prefill_mutations
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TESTS = ROOT / "tests" / "test_kernel_decode.py"
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
@@ -31,6 +31,8 @@ class Mutation:
         good: A part of it, comments out, that occurs once.
         bad: What takes its place.
         tests: Which tests are to notice, as pytest's ``-k`` says it.
+        kind: What the runner must call it, naming the line; empty if wrong numbers tell.
+        kernel: The kernel whose tests are to notice.
     """
 
     what: str
@@ -38,6 +40,8 @@ class Mutation:
     good: str
     bad: str
     tests: str
+    kind: str = ""
+    kernel: str = "decode"
 
     def applied(self, text: str) -> str:
         """Return the text with the mistake.
@@ -55,8 +59,9 @@ COMMON, PASS_1, PASS_2 = "decode_common", "decode", "decode_merge"
 # fmt: off
 MUTATIONS = [
     Mutation("window one too long", COMMON,
-             "token > query - sight.reach", "token >= query - sight.reach", "queries"),
-    Mutation("a query does not see itself", COMMON, "token <= query", "token < query", "queries"),
+             "token > query - sight.reach", "token >= query - sight.reach", "test_queries[1-3]"),
+    Mutation("a query does not see itself", COMMON, "token <= query", "token < query",
+             "test_queries[1-4]"),
     Mutation("sum of weights not rescaled", COMMON,
              "rows.l[r] * fade + weight", "rows.l[r] + weight", "bytes"),
     Mutation("outputs not rescaled", COMMON, "rows.o[r][e] *= fade", "rows.o[r][e] *= 1.0f",
@@ -64,7 +69,8 @@ MUTATIONS = [
     Mutation("queries turned backwards", COMMON, "second ? sine : -sine", "second ? -sine : sine",
              "head_dims"),
     Mutation("pairs counted wrongly if interleaved", COMMON,
-             "INTERLEAVED ? d / 2 :", "INTERLEAVED ? d % (DIMS / 2) :", "kinds_of_rotation"),
+             "INTERLEAVED ? d / 2 :", "INTERLEAVED ? d % (DIMS / 2) :",
+             "kinds_of_rotation[True-24-1]"),
     Mutation("dimensions beyond the rotated ones turned", COMMON,
              "turned && d < DIMS", "turned && d <= DIMS", "kinds_of_rotation"),
     Mutation("lanes exchange the wrong half", COMMON,
@@ -72,18 +78,19 @@ MUTATIONS = [
              "head_dims"),
     Mutation("weights taken from the wrong lanes", COMMON, "ushort(j * SHARE)", "ushort(j)",
              "head_dims"),
-    Mutation("dead rows loaded", COMMON, "held >= TK", "held > 0", "states"),
+    Mutation("dead rows loaded", COMMON, "held >= TK", "held > 0", "states", "out-of-bounds"),
     Mutation("dead rows weighted", COMMON,
              "seen ? fast::exp2(score - top) : 0.0f", "fast::exp2(score - top)", "states"),
     Mutation("maximum of the lanes incomplete", COMMON,
              "ushort bit = 16; bit >= SHARE;", "ushort bit = 16; bit > SHARE;", "bytes"),
     Mutation("softcap not scaled back", COMMON, "cap * precise::tanh(score)",
-             "precise::tanh(score)", "softcap"),
-    Mutation("learned logit in another base", COMMON, "logit * M_LOG2E_F", "logit", "learned"),
+             "precise::tanh(score)", "softcap[2-1.5-False-1]"),
+    Mutation("learned logit in another base", COMMON, "logit * M_LOG2E_F", "logit",
+             "softcap[2-None-True-1]"),
     Mutation("learned sink forgets the rest", COMMON, "l * fade + fast::exp2(score - top)",
-             "l + fast::exp2(score - top)", "learned"),
+             "l + fast::exp2(score - top)", "softcap[16-1.5-True-1]"),
     Mutation("learned sink of another kv head", PASS_1, "learned[hk * G + row / L]",
-             "learned[row / L]", "learned"),
+             "learned[row / L]", "softcap[2-None-True-1]"),
     Mutation("first table serves every sequence", PASS_1, "ranges_shape[0] == 1 ? 0 : b",
              "ranges_shape[0] == 1 ? 0 : 0", "different_tokens"),
     Mutation("turns of the first sequence serve all", PASS_1, "b * turns_shape[1]", "0",
@@ -91,41 +98,56 @@ MUTATIONS = [
     Mutation("ranges counted twice", PASS_1, "base += range[1]", "base += 2 * range[1]", "states"),
     Mutation("slices overlap", PASS_1, "max(begin - base, 0)", "0", "queries"),
     Mutation("splits all take the first keys", PASS_1, "(split * KS + slice) * size",
-             "slice * size", "queries"),
+             "slice * size", "test_queries[3-1]"),
     Mutation("last keys left out", PASS_1, "(live + parts - 1) / parts", "live / parts",
              "bytes or states"),
     Mutation("turn of the other kind", PASS_1, "max(turn - 1, 0) * L", "max(2 - turn, 0) * L",
              "head_dims"),
     Mutation("turn of another query", PASS_1, "* L + row % L) * DIMS", "* L + 0) * DIMS",
-             "queries"),
+             "test_queries[1-3]"),
     Mutation("rows beyond the last read", PASS_1, "min(row0 + r, R - 1)", "row0 + r",
-             "any_number"),
+             "any_number", "out-of-bounds"),
     Mutation("rows beyond the last stored", PASS_1, "if (row < R)", "if (true)",
-             "any_number"),
+             "any_number", "out-of-bounds"),
     Mutation("values found by the strides of keys", PASS_1, "hk * size_t(v_strides[1])",
-             "hk * size_t(k_strides[1])", "values_of"),
+             "hk * size_t(k_strides[1])", "values_of", "out-of-bounds"),
     Mutation("sequences taken for contiguous", PASS_1, "b * size_t(k_strides[0])",
              "b * size_t(threadgroups_per_grid.y * k_strides[1])", "strided"),
     Mutation("rows taken for contiguous", PASS_1, "v_row = int(v_strides[2])", "v_row = DV",
              "strided"),
     Mutation("elements of a row taken for neighbours", COMMON, "if (step != 1)", "if (false)",
-             "strided"),
+             "strided[dims0-2-every"),
     Mutation("staged rows taken for neighbours", PASS_1, "c % (D / 4) * 4 * k_step",
-             "c % (D / 4) * 4", "strided"),
+             "c % (D / 4) * 4", "strided[dims0-16-every"),
     Mutation("kv head ignored", PASS_1, "threadgroups_per_grid.y + size_t(hk)",
-             "threadgroups_per_grid.y + size_t(0)", "queries"),
+             "threadgroups_per_grid.y + size_t(0)", "queries", "race"),
     Mutation("a tile overwritten while others read it", PASS_1,
              f"{BARRIER}\n      for (int c = int(thread_index_in_threadgroup); c < n * D / 4",
              "for (int c = int(thread_index_in_threadgroup); c < n * D / 4",
-             "bytes and 16"),
+             "bytes and 128 and 16", "race"),
     Mutation("a tile read before it is there", PASS_1,
              f"{BARRIER}\n      for (int t = 0", "for (int t = 0",
-             "bytes and 16"),
+             "bytes and 128 and 16", "uninitialised"),
     Mutation("slices merged before they are given", PASS_1,
-             f"{BARRIER}\n  if (slice < half_of)", "if (slice < half_of)", "head_dims"),
+             f"{BARRIER}\n  if (slice < half_of)", "if (slice < half_of)", "head_dims",
+             "uninitialised"),
     Mutation("a barrier for other memory", PASS_1,
              f"{BARRIER}\n  if (slice < half_of)",
-             "threadgroup_barrier(mem_flags::mem_device);\n  if (slice < half_of)", "head_dims"),
+             "threadgroup_barrier(mem_flags::mem_device);\n  if (slice < half_of)", "head_dims",
+             "race"),
+    Mutation("a barrier that half the slices skip", PASS_1,
+             f"{BARRIER}\n  if (slice < half_of)",
+             f"if (slice < half_of) {BARRIER}\n  if (slice < half_of)", "head_dims",
+             "barrier-divergence"),
+    Mutation("a sum that half the lanes skip", PASS_1,
+             "rows.l[r] += simd_shuffle_xor", "if (lane < 16) rows.l[r] += simd_shuffle_xor",
+             "head_dims", "simd-divergence"),
+    Mutation("more than 32 KB shared", PASS_1, "STAGED = RG > 1 ? TILE * (D + DV) / 4",
+             "STAGED = RG > 1 ? TILE * (D + DV)", "bytes and 128 and 16", "threadgroup-memory"),
+    Mutation("last row not stored", PASS_1, "if (row < R)", "if (row < R - 1)", "any_number",
+             "unwritten-output"),
+    Mutation("staged tiles taken for device memory", PASS_1,
+             "const threadgroup T* v_staged", "const device T* v_staged", "head_dims", "strict"),
     Mutation("slices merged under one maximum", PASS_1,
              "theirs = fast::exp2(given_ml[from * 2] - m)", "theirs = mine", "head_dims"),
     Mutation("splits' sums not rescaled", PASS_2, "from[DV + 1] * fade", "from[DV + 1]",
@@ -137,6 +159,7 @@ MUTATIONS = [
              "queries"),
 ]
 # fmt: on
+MUTATIONS += [Mutation(*m, kernel="prefill") for m in _prefill_mutations.MUTATIONS]
 
 
 class _Outcome:
@@ -154,9 +177,14 @@ class _Outcome:
             crash = getattr(report.longrepr, "reprcrash", None)
             self.reason = str(getattr(crash, "message", "")).split("\n")[0]
 
+    def kills(self, mutation: Mutation) -> bool:
+        """Tell whether a test failed, and for the reason that the mutation is to give."""
+        named = f"[{mutation.kind}]" in self.reason and ".metal:" in self.reason
+        return bool(self.failed) and (named or not mutation.kind)
 
-def outcome_of(mutation: Mutation | None, tests: str) -> _Outcome:
-    """Run the kernel's tests on a changed text until one fails."""
+
+def outcome_of(mutation: Mutation | None, tests: str, kernel: str = "decode") -> _Outcome:
+    """Run the tests of the mutation's kernel, or of one, on a changed text until one fails."""
     from mlx_sink.kernels import source
 
     text = source.text
@@ -170,7 +198,9 @@ def outcome_of(mutation: Mutation | None, tests: str) -> _Outcome:
         patch.setattr(source, "text", planted)
         quiet = ["-x", "-qq", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
         quiet += ["-p", "no:terminalreporter"]
-        pytest.main([str(TESTS), "-k", tests, *quiet], plugins=[outcome])
+        name = mutation.kernel if mutation else kernel
+        file = ROOT / "tests" / f"test_kernel_{name}.py"
+        pytest.main([str(file), "-k", tests, *quiet], plugins=[outcome])
     return outcome
 
 
@@ -182,6 +212,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     chosen = [m for m in MUTATIONS if not given.only or given.only in m.what]
+    for kernel in [] if given.list else sorted({m.kernel for m in chosen}):
+        # A machine on which every test fails would seem to kill every mutant.
+        named = {f"({m.tests})" for m in chosen if m.kernel == kernel}
+        unchanged = outcome_of(None, " or ".join(sorted(named)), kernel)
+        if unchanged.failed or not unchanged.ran:
+            print(f"the text as it is fails {unchanged.failed}: {unchanged.reason}")
+            return 1
+        print(f"the text as it is passes {unchanged.ran} tests", flush=True)
     survivors = 0
     for number, mutation in enumerate(chosen, start=1):
         label = f"{number:2}/{len(chosen)} {mutation.what}"
@@ -191,8 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         began = time.perf_counter()
         outcome = outcome_of(mutation, mutation.tests)
         took = time.perf_counter() - began
-        survivors += not outcome.failed
-        said = f"killed by {outcome.failed}" if outcome.failed else "SURVIVED"
+        killed = outcome.kills(mutation)
+        survivors += not killed
+        said = f"killed by {outcome.failed}" if killed else "SURVIVED"
         print(f"{label}: {said} after {outcome.ran} tests, {took:.0f} s", flush=True)
         if outcome.reason:
             print(f"      {outcome.reason[:120]}", flush=True)

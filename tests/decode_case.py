@@ -1,4 +1,4 @@
-"""A decode call with random arrays, and what it must give in float64.
+"""A call with random arrays, and what it must give in float64.
 
 The reference knows the contract (who sees whom, at which distance) and what a ring says about
 where a token was rotated; it has no ranges, turns, tiles or splits.
@@ -6,7 +6,9 @@ where a token was rotated; it has no ranges, turns, tiles or splits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -64,12 +66,16 @@ class Arrays:
     k: mx.array
     v: mx.array
     learned: mx.array | None
-    tables: Tables
+    tables: Any
     scale: float
 
 
-def arrays(case: Case) -> Arrays:
-    """Random arrays; rows that no token of the call owns hold NaN."""
+def decode_tables(layout: Layout, rotation: Rotation) -> Tables:
+    return tables_of(layout, layout.block(layout.ring.tokens, layout.end), rotation)
+
+
+def arrays(case: Case, make: Callable[[Layout, Rotation], Any] = decode_tables) -> Arrays:
+    """Random arrays, and the tables that `make` makes; rows that no token owns hold NaN."""
     random = np.random.default_rng(case.seed)
     B, H = len(case.rings), case.n_kv * case.group
     D, DV = case.head_dim, case.v_head_dim or case.head_dim
@@ -85,16 +91,13 @@ def arrays(case: Case) -> Arrays:
             hole[run.row : run.row + run.length] = False
         k[b, :, hole], v[b, :, hole] = np.nan, np.nan
     rotation = case.rotation
-    each = []
-    for layout in case.layouts:
-        block = layout.block(layout.ring.tokens, layout.end)
-        each.append(tables_of(layout, block, rotation))
+    each = [make(layout, rotation) for layout in case.layouts]
     return Arrays(
         mx.array(normal(B, H, case.n, D)).astype(case.dtype),
         mx.array(k).astype(case.dtype),
         mx.array(v).astype(case.dtype),
         mx.array(normal(H)) if case.learned else None,
-        each[0] if B == 1 else Tables.stack(each),
+        each[0] if B == 1 else type(each[0]).stack(each),
         2.0 * D**-0.5,  # sharp: the softmax picks a few keys
     )
 
@@ -122,10 +125,11 @@ def exact(case: Case, a: Arrays) -> np.ndarray:
         for j in range(case.n):
             tokens, further = _seen(layout.ring, j)
             rows = [row_of[token] for token in tokens]
+            each, which = np.unique(further, return_inverse=True)
+            turned = [_turned(q[b, :, j], by, case.rotation) for by in each]
             for h in range(q.shape[1]):
                 key, value = k[b, h // case.group, rows], v[b, h // case.group, rows]
-                turned = np.stack([_turned(q[b, h, j], by, case.rotation) for by in further])
-                scores = (turned * key).sum(-1) * a.scale
+                scores = (np.stack([x[h] for x in turned])[which] * key).sum(-1) * a.scale
                 if case.softcap is not None:
                     scores = case.softcap * np.tanh(scores / case.softcap)
                 sink = float(a.learned[h].item()) if a.learned is not None else -np.inf
@@ -154,8 +158,8 @@ def _turned(q: np.ndarray, by: int, rotation: Rotation) -> np.ndarray:
     pairs = np.arange(dims // 2)
     first = 2 * pairs if rotation.interleaved else pairs
     second = first + (1 if rotation.interleaved else dims // 2)
-    turn = (q[first] + 1j * q[second]) * np.exp(1j * by * rotation.frequencies)
-    out[first], out[second] = turn.real, turn.imag
+    turn = (q[..., first] + 1j * q[..., second]) * np.exp(1j * by * rotation.frequencies)
+    out[..., first], out[..., second] = turn.real, turn.imag
     return out
 
 

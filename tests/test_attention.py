@@ -21,6 +21,7 @@ from mlx_sink.attention import sink_attention
 from mlx_sink.cache import SinkCache
 from mlx_sink.ring import Ring, blocks_of, layout_of
 from mlx_sink.rope import Rotation
+from mlx_sink.trace import rope_call
 
 BASE = 100.0
 """Small, so that even the slowest pair turns visibly within a small window."""
@@ -86,6 +87,10 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def rotation_of(rope: nn.RoPE | None) -> Rotation:
+    return Rotation.of(None if rope is None else rope_call(rope, rope.dims))
+
+
 def attended(
     stream: Stream,
     config: SinkConfig,
@@ -95,7 +100,7 @@ def attended(
     extras: Extras | None = None,
 ) -> np.ndarray:
     """Run the stream through a cache, as a model's attention layer does, in float64."""
-    cache, outputs = SinkCache(config, Rotation.of(rope)), []
+    cache, outputs = SinkCache(config, rotation_of(rope)), []
     for piece in cut(stream.q.shape[2], lengths):
         q, k, v = stream.q[:, :, piece], stream.k[:, :, piece], stream.v[:, :, piece]
         if rope is not None:
@@ -280,7 +285,7 @@ def test_rows_that_no_query_of_a_block_sees_are_not_touched(block: int):
         keys,
         values,
         layout=layout,
-        rotation=Rotation.of(nn.RoPE(8)),
+        rotation=rotation_of(nn.RoPE(8)),
         scale=1.0,
     )
     assert len(seen) == S + W - 1 + block

@@ -81,6 +81,13 @@ SETTINGS = {
         ["--presence-context-size", "0"],
         ["--presence-context-size", "at least 1"],
     ),
+    "drafts of nothing": (["--num-draft-tokens", "2"], ["--num-draft-tokens", "--draft-model"]),
+    "no drafts": (
+        ["--draft-model", "demo", "--num-draft-tokens", "0"],
+        ["--num-draft-tokens", "got 0"],
+    ),
+    "draft of another family": (["--draft-model", "demo"], ["tokenizer does not match"]),
+    "no draft model": (["--draft-model", "./nowhere"], ["'./nowhere' does not exist"]),
     "pin nothing": (["--pin-system-prompt"], ["--pin-system-prompt", "--system-prompt"]),
     "template variables": (["--chat-template-config", "{"], ["--chat-template-config", "JSON"]),
     "template list": (["--chat-template-config", "[1]"], ["--chat-template-config", "object"]),
@@ -247,10 +254,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "no tokenizer": (_remove("tokenizer.json"), ["cannot load"]),
     "tokenizer cut off": (_truncate("tokenizer.json", 100), ["cannot load"]),
-    "refused model": (
-        _edit_config(layer_types=["full_attention", "sliding_attention"], sliding_window=8),
-        ["llama is not supported", "layer 1"],
-    ),
     "refused positions": (
         _edit_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         ["llama is not supported", "not a fixed rotation"],

@@ -10,8 +10,9 @@ import pytest
 from tiny import build, every, mixed, random_tokens, run
 
 from mlx_sink import CacheError, SinkConfig, attach
-from mlx_sink.cache import GROWTH, SinkCache
+from mlx_sink.cache import SinkCache
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import GROWTH
 
 CONFIG = SinkConfig(2, 5, epoch=9)
 
@@ -111,13 +112,13 @@ def test_attending_twice_is_refused():
     cache = empty()
     feed(cache, 2)
     assert not cache.is_pending
-    with pytest.raises(CacheError, match="without new keys"):
+    with pytest.raises(CacheError, match="keys of another layer or call"):
         cache.take_layout()
 
 
 def test_quantising_is_refused():
     """mlx-lm's kv_bits would be ignored in silence for a cache without this method."""
-    with pytest.raises(CacheError, match=r"cannot be quantised: leave kv_bits \(8\) out"):
+    with pytest.raises(CacheError, match=r"from its first token .* SinkConfig\(kv_bits=8\)"):
         empty().to_quantized(group_size=64, bits=8)
 
 
@@ -126,10 +127,8 @@ def test_masks():
     cache = empty()
     assert cache.make_mask(1) is None
     assert cache.make_mask(3) == "causal"
-    with pytest.raises(CacheError, match="mask of its own"):
-        cache.make_mask(3, window_size=8)
-    with pytest.raises(CacheError, match="mask of its own"):
-        cache.make_mask(3, return_array=True)
+    mask = cache.make_mask(3, return_array=True)
+    assert np.array_equal(np.array(mask), np.tri(3, dtype=bool))
 
 
 @pytest.mark.parametrize("epoch", [7, 8, None])
@@ -160,7 +159,7 @@ def test_nothing_comes_back_after_an_eviction():
     cache = empty()
     feed(cache, CONFIG.capacity)
     feed(cache, 1)
-    with pytest.raises(CacheError, match="1 tokens have been evicted"):
+    with pytest.raises(CacheError, match=r"cannot take back 1 tokens, only 0: .*rollback"):
         cache.trim(1)
     assert cache.tokens == CONFIG.capacity + 1
 

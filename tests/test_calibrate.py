@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import every
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
@@ -19,6 +20,7 @@ from tiny import VOCABULARY, build, plain, random_tokens, recompute
 import mlx_sink
 from mlx_sink import InputError, SinkConfig
 from mlx_sink import calibration_files as files
+from mlx_sink.architectures import VERIFIED
 from mlx_sink.calibrate import TOLERANCE, Arm, Calibration, calibrate
 from mlx_sink.settings import Settings
 from mlx_sink.sink_share import FIRST, sink_share
@@ -68,11 +70,22 @@ def test_shares_are_those_of_the_attention(n: int):
     assert share.uniform(4) == pytest.approx(np.mean([4 / t for t in range(n // 2 + 1, n + 1)]))
 
 
-@pytest.mark.parametrize("family", ["gemma", "phi3", "qwen3", "stablelm"])
-def test_shares_of_other_architectures(family: str):
-    share = sink_share(build(family, layers=2), random_tokens(60)[0].tolist())
-    assert share.shares.shape[0] == 2
-    assert ((share.shares > 0) & (share.shares < 1)).all()
+@pytest.mark.parametrize("name", sorted(VERIFIED))
+def test_shares_of_every_architecture(name: str):
+    """Where a layer attends through mlx_sink, its first tokens get something, and not all."""
+    model = every.tiny(name)
+    share = sink_share(model, random_tokens(40)[0].tolist())
+    report = mlx_sink.attach(model, SinkConfig(1, 39))
+    rings = {x.index: x.cache for x in report.layers if x.attention == "mlx_sink"}
+    if len(rings) == len(share.shares):
+        assert share.layers == tuple(rings)
+    assert len(share.shares) > 0 or not rings
+    assert ((share.shares >= 0) & (share.shares <= 1)).all()
+    for index, shares in zip(share.layers, share.shares, strict=True):
+        sees_all = rings.get(index) == "sink ring"
+        assert not sees_all or (shares.sum(axis=1) > 0).any()
+        if rings.get(index) == "window ring":
+            assert shares.max() == 0  # its window of 6 has left them behind
 
 
 def test_what_is_observed_is_what_is_attended_with():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import host_metal
@@ -11,7 +12,7 @@ import pytest
 
 from mlx_sink.doctor import main
 from mlx_sink.errors import ConfigError
-from mlx_sink.kernels import selfcheck, source
+from mlx_sink.kernels import prefillcheck, selfcheck, source
 
 SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
 
@@ -23,6 +24,7 @@ def metal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
     monkeypatch.setattr("mlx_sink.doctor.STEPS", 1)
+    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 1.5)
     selfcheck.forget()
 
 
@@ -30,6 +32,7 @@ def test_without_metal_it_says_so_and_times_the_rest(capsys: pytest.CaptureFixtu
     assert main([*SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["metal"] is False
+    assert found["prefill"] == []
     assert found["machine"]["mlx"] == mx.__version__
     assert [row["passed"] for row in found["kernels"]] == [None]
     for row in found["kernels"]:
@@ -49,8 +52,44 @@ def test_a_right_kernel(capsys: pytest.CaptureFixture[str], tmp_path: Path):
         assert row["passed"]
         assert row["max_error"] < 2e-6
         assert row["kernel_us"] > 0
+    (row,) = found["prefill"]
+    assert row["kernel"] == "prefill-float32-d16-rope16-halves"
+    assert row["max_error"] < 2e-6
+    assert row["passed"]
+    assert row["serves"]
     assert {"gpu", "architecture", "text"} <= set(found["machine"])
-    assert not list(tmp_path.iterdir()), "it neither reads nor keeps verdicts"
+    assert found["kept"] == []
+    assert not list(tmp_path.iterdir()), "it keeps no verdicts"
+
+
+@pytest.mark.usefixtures("metal")
+def test_what_use_has_found_is_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """A kernel that failed in use may be none of the common ones: its report must be there."""
+    specs = [
+        selfcheck.Specialisation(mx.float32, 2, 16, 16, 1, 16, False, learned_sinks=learned)
+        for learned in (True, False)
+    ]
+    assert selfcheck.verdict_of(specs[1]).passed
+    with monkeypatch.context() as patch:
+        wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
+        patch.setattr(selfcheck, "check", lambda spec: wrong)
+        selfcheck.verdict_of(specs[0])
+        # Of another machine, and unreadable: neither is of this machine.
+        patch.setattr(source, "stamp", lambda *names: "another text")
+        selfcheck.verdict_of(specs[0])
+    (tmp_path / "broken.json").write_text("[")
+    assert main([*SMALL, "--dtype", "float32", "--queries", "1", "--json"]) == 0
+    kept = json.loads(capsys.readouterr().out)["kept"]
+    assert {row["kernel"]: row["passed"] for row in kept} == {
+        specs[0].name: False,
+        specs[1].name: True,
+    }
+    assert main([*SMALL, "--dtype", "float32", "--queries", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "verdicts kept from use: 2, 1 of them WRONG" in out
+    assert f"{specs[0].name}\n    its results are off by 0.25" in out
 
 
 @pytest.mark.usefixtures("metal")
@@ -61,6 +100,23 @@ def test_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     out = capsys.readouterr().out
     assert "WRONG" in out
     assert "off by 0.25" in out
+
+
+@pytest.mark.usefixtures("metal")
+def test_prefill_that_is_slow_or_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A slow one is no fault, a wrong one is; both are shown, and neither serves."""
+    small = [*SMALL, "--dtype", "float32", "--queries", "1"]
+    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 0.7)
+    assert main(small) == 0
+    assert re.search(
+        r"prefill\S+ +right +\S+ +0.70x  the plain operations", capsys.readouterr().out
+    )
+    wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
+    monkeypatch.setattr(prefillcheck, "check", lambda spec: wrong)
+    assert main(small) == 1
+    assert re.search(r"prefill\S+ +WRONG +2.5e-01 +-  its results", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

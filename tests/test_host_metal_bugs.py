@@ -90,6 +90,12 @@ RUN_TIME = {
     "vector load off its alignment": Planted(
         "misaligned", "partial[sg] = sum", "partial[sg] = (*(const device float4*)(x + 1)).x"
     ),
+    "threadgroup vector off its alignment": Planted(
+        "misaligned", READ, "total += (*(const threadgroup float2*)(&partial[0] + 1)).x"
+    ),
+    "private vector off its alignment": Planted(
+        "misaligned", "values[i] * scale", "(*(const thread float2*)(&values[0] + 1)).x * scale"
+    ),
     # Values that nobody has made.
     "threadgroup memory partly written": Planted(
         "uninitialised", "if (lane == 0) {", "if (lane == 0 && sg == 0) {", READ

@@ -1,18 +1,21 @@
-"""The decode kernel's text, run on the CPU, against float64.
+"""The decode kernel's text, run on the CPU, against float64: one thing at a time.
 
-Every case runs under the runner's checks: races, bounds, uninitialised memory, barriers.
+`test_kernel_grid.py` has them together. Every case runs under the runner's checks: races, bounds,
+uninitialised memory, barriers.
 """
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Iterator
+from types import FrameType
 
 import host_metal
 import mlx.core as mx
 import numpy as np
 import pytest
 from decode_case import Arrays, Case, arrays, error, ring_at, run
+from decode_grid import TOLERANCES, W
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,11 +25,9 @@ from mlx_sink.kernels import source
 from mlx_sink.ring import Ring
 from mlx_sink.rope import Rotation
 
-TOLERANCES = {mx.float32: 2e-6, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 DTYPES = list(TOLERANCES)
 
-W = 90
-"""Keys enough that several tiles go to a simdgroup, and some to more than one split."""
+MLX_METAL_KERNEL = mx.fast.metal_kernel
 AFTER = (ring_at(4, W, 271),)
 """A ring that has wrapped, in its first epoch: the sinks need a turn."""
 SWITCH = (ring_at(4, W, 215, epoch=100),)
@@ -56,23 +57,18 @@ def report() -> host_metal.Report:
     return built.report
 
 
-# head_dim, query heads a kv head, queries: each head_dim once with few rows, once with many.
+# head_dim, query heads a kv head, queries: any head that 16 divides, beside those of the grid.
 SHAPES = [
-    (16, 1, 1), (48, 3, 2), (64, 1, 1), (64, 7, 8), (80, 2, 1), (80, 5, 3), (96, 4, 1),
-    (112, 2, 2), (128, 4, 1), (128, 8, 2), (160, 1, 2), (192, 2, 1), (256, 2, 1), (256, 4, 2),
+    (16, 1, 1), (32, 16, 8), (48, 3, 2), (112, 2, 2), (144, 5, 1), (160, 1, 2), (176, 2, 1),
+    (208, 4, 1), (224, 2, 1), (240, 1, 3),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_head_dims(dtype: mx.Dtype, shape: tuple[int, int, int]):
+def test_head_dims(shape: tuple[int, int, int]):
     D, G, n = shape
+    dtype = DTYPES[SHAPES.index(shape) % len(DTYPES)]
     check(Case(SWITCH, dtype, D, n_kv=1, group=G, n=n))
-
-
-@pytest.mark.parametrize("group", range(1, 17))
-def test_query_heads_of_a_kv_head(group: int):
-    check(Case(AFTER, mx.float16, 64, group=group, n=1 + group % 8, splits=1 + group % 3))
 
 
 @pytest.mark.parametrize("n", range(1, 9))
@@ -308,23 +304,32 @@ def test_text_is_plain():
     for name in kernel.TEXTS:
         assert "//" not in source.text(name)
         assert max(len(line) for line in source.text(name).splitlines()) <= 99
-    assert len({source.stamp(name) for name in kernel.TEXTS}) == 3
+    assert len({source.stamp(name) for name in kernel.TEXTS}) == 4
 
 
-def test_a_call_costs_little_python(monkeypatch: pytest.MonkeyPatch):
-    """All but MLX's own part of the call, which is 2 to 3 us; the fastest of many counts."""
+def test_a_call_costs_little_python():
+    """Nothing is worked out twice. `scripts/measure_kernel.py` has the microseconds."""
     a = arrays(Case(SWITCH))
+    calls: list[str] = []
 
-    def launch(**given: object) -> list[mx.array]:
-        return [a.q]
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            calls.append(frame.f_code.co_name)
 
-    monkeypatch.setattr(kernel, "_pass_1", lambda: launch)
-    times = []
-    for _ in range(300):
-        start = time.perf_counter()
-        kernel.decode(a.q, a.k, a.v, a.tables, scale=1.0, splits=1)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 17e-6
+    def traced(q: mx.array) -> mx.array:
+        # While a function is traced, MLX's own kernel may be called where there is no Metal.
+        kernel.decode(q, a.k, a.v, a.tables, scale=1.0, splits=1)
+        sys.setprofile(note)
+        kernel.decode(q, a.k, a.v, a.tables, scale=1.0, splits=1)
+        sys.setprofile(None)
+        return q
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
+        kernel.forget()
+        mx.export_function(lambda _: None, traced, a.q)
+    kernel.forget()
+    assert calls == ["decode"]
 
 
 def test_tables_are_made_once_a_step():

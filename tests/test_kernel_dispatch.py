@@ -25,11 +25,13 @@ from mlx_sink.attention import sink_attention
 from mlx_sink.errors import ConfigError, KernelError
 from mlx_sink.generate import main
 from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import selfcheck, source
+from mlx_sink.kernels import prefillcheck, selfcheck, source
 from mlx_sink.ring import Ring, layout_of
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import packed
+from mlx_sink.trace import rope_call
 
-ROTATION = Rotation.of(nn.RoPE(16, base=100.0))
+ROTATION = Rotation.of(rope_call(nn.RoPE(16, base=100.0), 16))
 RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)
 
 
@@ -38,9 +40,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing settled before, and verdicts kept in a folder of the test's own."""
     monkeypatch.delenv(selfcheck.SWITCH, raising=False)
     monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path / "verdicts"))
-    selfcheck.forget()
+    prefillcheck.forget()
     yield
-    selfcheck.forget()
+    prefillcheck.forget()
 
 
 class Runner(host_metal.HostKernel):
@@ -57,8 +59,9 @@ class Runner(host_metal.HostKernel):
 
 @pytest.fixture
 def metal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with Metal, whose GPU is the runner."""
+    """A machine with Metal, whose GPU is the runner, and on which the prefill kernel is slow."""
     monkeypatch.setattr(mx.fast, "metal_kernel", Runner)
+    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 0.5)
     monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
 
@@ -287,6 +290,53 @@ def test_softcap_and_learned_sinks_are_checked_for_themselves(
     with pytest.warns(RuntimeWarning, match=f"{name} is not used .*its results are off by"):
         np.testing.assert_array_equal(attend(**options), wanted)
     assert len(launches) == 2
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_quantised_ring_goes_to_its_own_kernel(n: int, monkeypatch: pytest.MonkeyPatch):
+    """Under a verdict of its own; the ops, on the expanded rows, say what it must give."""
+    layout, rotation = layout_of(RING, n), Rotation.of(rope_call(nn.RoPE(32, base=100.0), 32))
+    rows = sum(run.length for run in layout.runs)
+    q, k, v = (
+        mx.random.normal((1, heads, length, 32), key=mx.random.key(length + heads))
+        for heads, length in ((4, n), (2, rows), (2, rows))
+    )
+    held = packed(k, RING.num_sinks, 8, 32), packed(v, RING.num_sinks, 4, 32)
+    options: dict[str, Any] = {"layout": layout, "rotation": rotation, "scale": 0.5}
+
+    def attend_packed() -> np.ndarray:
+        return np.array(sink_attention(q, *(x.expanded() for x in held), packed=held, **options))
+
+    with monkeypatch.context() as patch:
+        patch.setenv(selfcheck.SWITCH, "off")
+        selfcheck.forget()
+        wanted = attend_packed()
+    selfcheck.forget()
+    served: list[int] = []
+    decode_packed = attention.decode_packed
+
+    def counted(queries: mx.array, *rest: Any, **given: Any) -> mx.array:
+        served.append(queries.shape[2])
+        return decode_packed(queries, *rest, **given)
+
+    monkeypatch.setattr(attention, "decode_packed", counted)
+    np.testing.assert_allclose(attend_packed(), wanted, atol=2e-6)
+    assert served == [n]
+    (kept,) = verdicts()
+    assert kept["kernel"] == f"decode-float32-d32-gqa2-n{n}-rope32-halves-k8v4g32"
+    assert kept["passed"]
+    assert kept["error"] < 2e-6
+    text = source.text
+    wrong = "(unit >> (j * BITS + 1))"
+    monkeypatch.setattr(
+        source, "text", lambda name: text(name).replace("(unit >> (j * BITS))", wrong)
+    )
+    selfcheck.forget()
+    with pytest.warns(RuntimeWarning, match="k8v4g32 is not used .*its results are off by"):
+        # The plain kernel, on the expanded rows, still may.
+        np.testing.assert_allclose(attend_packed(), wanted, atol=2e-6)
+    assert served == [n]
 
 
 def _ops(monkeypatch: pytest.MonkeyPatch, **options: Any) -> np.ndarray:

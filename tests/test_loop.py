@@ -16,7 +16,8 @@ from tiny import VOCABULARY, build
 
 from mlx_sink import CacheError, SinkConfig, attach
 from mlx_sink.attach import make_cache
-from mlx_sink.loop import Loop, Sampling, greedy
+from mlx_sink.choice import Sampling, greedy
+from mlx_sink.loop import Loop
 from mlx_sink.randomness import fresh_key, seeded
 
 CONFIG = SinkConfig(num_sinks=2, window=10, epoch=16)
@@ -60,7 +61,7 @@ def loop(model: Any, seed: int = 3, penalty_window: int = 32) -> Loop:
 
 def take(loop: Loop, n: int, sampling: Sampling | None = None) -> list[tuple[int, np.ndarray]]:
     pairs = zip(range(n), loop.tokens(sampling or Sampling()), strict=False)
-    return [(token, np.array(logprobs)) for _, (token, logprobs) in pairs]
+    return [(made.token, np.array(made.logprobs)) for _, made in pairs]
 
 
 @pytest.mark.parametrize("penalties", [False, True], ids=["", "penalties"])

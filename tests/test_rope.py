@@ -22,6 +22,7 @@ from mlx_lm.models.smollm3 import NoPE
 
 from mlx_sink import UnsupportedModelError
 from mlx_sink.rope import Rotation
+from mlx_sink.trace import rope_call
 
 HEAD_DIM = 16
 EPOCH = 32768
@@ -136,10 +137,15 @@ def vectors(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((2, 3, rows, HEAD_DIM)).astype(np.float32)
 
 
+def read(rope: Callable[..., mx.array]) -> Rotation:
+    """Return the rotation that a module asks MLX for."""
+    return Rotation.of(rope_call(rope, HEAD_DIM))
+
+
 @each_case
 def test_reads_the_frequencies(case: Case):
     """A frequency that is off turns queries by the wrong angle, the more the longer it runs."""
-    rotation = Rotation.of(case.rope)
+    rotation = read(case.rope)
     np.testing.assert_allclose(rotation.frequencies, case.frequencies, rtol=1e-6)
     assert rotation.interleaved == case.interleaved
     assert rotation.dims == 2 * len(case.frequencies)
@@ -188,7 +194,7 @@ def test_a_single_row_is_turned_like_many(case: Case, position: int):
 def test_turning_after_rope_is_rope_further_on(case: Case, a: int, b: int):
     """R(b) rope(x, a) == rope(x, a + b), the module's own scale passed through."""
     x = vectors(3)
-    turned = Rotation.of(case.rope).turn(case.rope(mx.array(x), offset=a), [b] * 3, key="a")
+    turned = read(case.rope).turn(case.rope(mx.array(x), offset=a), [b] * 3, key="a")
     scaled = x.copy()
     scaled[..., : 2 * len(case.frequencies)] *= case.scale
     expected = rotate(scaled, a + b + np.arange(3), case)
@@ -212,7 +218,7 @@ def test_distances_at_the_largest_positions(case: Case, position: int, turn: int
     """What float32 positions cost: q.k of unit vectors at most 5e-4 off, up to two epochs."""
     q, k = (x / np.linalg.norm(x) for x in (vectors(1, seed)[:1, :1] for seed in (1, 2)))
     query = case.rope(mx.array(q), offset=position)
-    query = np.array(Rotation.of(case.rope).turn(query, [turn], key="a"))
+    query = np.array(read(case.rope).turn(query, [turn], key="a"))
     product = (query * np.array(case.rope(mx.array(k), offset=key))).sum()
     rotated = slice(0, 2 * len(case.frequencies))
     q[..., rotated] *= case.scale
@@ -227,7 +233,7 @@ def test_distances_at_the_largest_positions(case: Case, position: int, turn: int
 def test_turn_keeps_the_dtype_and_rounds_once(dtype: mx.Dtype, tolerance: float):
     """Half precision in, half precision out, the rotation itself in float32."""
     case, x = CASES["partial"], mx.array(vectors(2)).astype(dtype)
-    turned = Rotation.of(case.rope).turn(x, [40_000, -40_000], key="a")
+    turned = read(case.rope).turn(x, [40_000, -40_000], key="a")
     assert turned.dtype == dtype
     exact = rotate(np.array(x.astype(mx.float32)), np.array([40_000, -40_000]), case)
     np.testing.assert_allclose(np.array(turned.astype(mx.float32)), exact, atol=tolerance)
@@ -254,11 +260,42 @@ def test_copies_share_the_rotation():
 
 @each_case
 def test_check_accepts(case: Case):
-    Rotation.of(case.rope).check(case.rope, HEAD_DIM, FARTHEST)
+    read(case.rope).check(case.rope, HEAD_DIM, FARTHEST)
 
 
-def test_check_accepts_a_layer_without_rope():
-    Rotation.of(None).check(None, HEAD_DIM, FARTHEST)
+class Unscaled(nn.RoPE):
+    """Says it halves the frequencies and does not."""
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        return mx.fast.rope(
+            x, self.dims, traditional=False, base=self.base, scale=1.0, offset=offset
+        )
+
+
+def test_check_goes_by_what_a_module_does():
+    """What it says of itself is not read: only what it asks of MLX."""
+    rope = Unscaled(HEAD_DIM, scale=0.5)
+    np.testing.assert_allclose(read(rope).frequencies, plain(HEAD_DIM))
+    read(rope).check(rope, HEAD_DIM, FARTHEST)
+
+
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize("width", [HEAD_DIM, HEAD_DIM + 5])
+def test_a_part_without_positions_may_come_first(traditional: bool, width: int):
+    """Latent attention rotates only the end of its keys; partial rotary only its beginning."""
+    rope = nn.RoPE(HEAD_DIM - 4, traditional=traditional)
+    rotation = Rotation.of(rope_call(rope, HEAD_DIM), width)
+    assert rotation.start == width - HEAD_DIM
+    x = np.random.default_rng(0).standard_normal((1, 2, 3, width)).astype(np.float32)
+    case = Case(rope, plain(HEAD_DIM - 4), traditional)
+    for turns in ([7, -2, 500], [-300]):
+        rows = x[:, :, : len(turns)]
+        expected = rows.astype(np.float64)
+        expected[..., rotation.start :] = rotate(
+            rows[..., rotation.start :], np.array(turns), case
+        )
+        turned = np.array(rotation.turn(mx.array(rows), turns, key=len(turns)))
+        np.testing.assert_allclose(turned, expected, atol=2e-6)
 
 
 class NormAfter(nn.Module):
@@ -288,15 +325,6 @@ class Learned(nn.Module):
         return x + mx.sin(mx.array(float(offset)))
 
 
-class Unscaled(nn.RoPE):
-    """Says it halves the frequencies and does not."""
-
-    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        return mx.fast.rope(
-            x, self.dims, traditional=False, base=self.base, scale=1.0, offset=offset
-        )
-
-
 @pytest.mark.parametrize(
     "rope",
     [
@@ -306,16 +334,15 @@ class Unscaled(nn.RoPE):
         NormAfter(),
         Growing(HEAD_DIM),
         Learned(),
-        Unscaled(HEAD_DIM, scale=0.5),
     ],
     ids=lambda rope: type(rope).__name__,
 )
 def test_check_refuses_what_is_no_fixed_rotation(rope: Callable[..., mx.array]):
     """Turning queries would give wrong distances in silence."""
     with pytest.raises(UnsupportedModelError) as caught:
-        Rotation.of(rope).check(rope, HEAD_DIM, FARTHEST)
+        read(rope).check(rope, HEAD_DIM, FARTHEST)
     message = str(caught.value)
-    assert f"({type(rope).__name__}) is not a fixed rotation" in message
+    assert message.startswith("its position embedding is not a fixed rotation: from position ")
     assert "\n" not in message
 
 

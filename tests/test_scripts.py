@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from folder import make_folder
+
+from mlx_sink.kernels import source
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
 SMALL = shlex.split("""
     --layers 2 --hidden 32 --intermediate 48 --heads 4 --kv-heads 2 --head-dim 8 --vocab 64
     --windows 8 24 --window 16 --steps 3 --warmup 1 --prefill 48 --chunk 16 --rounds 2
+    --reading 80 --chunks 8 32
 """)
 
 
@@ -55,10 +59,13 @@ def test_bench_measures_every_section(capsys: pytest.CaptureFixture[str]):
 
     assert bench_stream.main(SMALL) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"machine", "options", "position", "decode", "prefill", "bytes"} == result.keys()
+    sections = {"position", "decode", "prefill", "reading", "bytes"}
+    assert {"machine", "options", *sections} == result.keys()
     assert all(map(math.isfinite, numbers(result)))
     assert [row["window"] for row in result["decode"]] == [8, 24]
+    assert [(row["chunk"], row["rounds"]) for row in result["reading"]] == [(8, 7), (32, 1)]
     pairs = [*result["decode"], result["prefill"]["attention"], result["prefill"]["model"]]
+    pairs += result["reading"]
     assert all(pair["ours_ms"] > 0 and pair["speedup"] > 0 for pair in pairs)
     for name in ("one_epoch", "two_epochs"):
         assert result["position"][name]["late_over_early"] > 0
@@ -154,15 +161,47 @@ def test_eval_says_in_a_line_what_is_wrong(
 
 
 @pytest.mark.usefixtures("scripts")
-def test_mutations_fit_the_kernel_text(capsys: pytest.CaptureFixture[str]):
-    """All of them are run by hand, which takes minutes; here each must still apply."""
-    import mutate_kernel
+def test_measure_counts_and_times(capsys: pytest.CaptureFixture[str]):
+    import measure_kernel
 
-    from mlx_sink.kernels import source
+    assert measure_kernel.main(["--shapes", "2", "--calls", "20", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert all(map(math.isfinite, numbers(result)))
+    for row in result["counts"]:
+        assert row["ours"]["kv_loaded_over_minimum"] <= 1.02
+        assert row["mlx"]["kv_loaded_over_minimum"] == pytest.approx(row["group"] * row["n"])
+        # A sum for each key, and what joins the simdgroups.
+        assert 5 < row["mlx"]["shuffles_a_key_and_row"] < 7
+    assert [row["bytes_stored"] for row in result["counts"]] == [[528, 128], [4224, 1024]]
+    assert len(result["python_us"]) == 4
+    assert measure_kernel.main(["--shapes", "1", "--calls", "1"]) == 0
+    assert "1.000 (1.000)" in capsys.readouterr().out
 
-    for mutation in mutate_kernel.MUTATIONS:
-        text = source.text(mutation.file)
-        assert mutation.applied(text) != text
-    assert len({m.what for m in mutate_kernel.MUTATIONS}) == len(mutate_kernel.MUTATIONS) >= 15
-    assert mutate_kernel.main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(mutate_kernel.MUTATIONS)
+
+@pytest.mark.usefixtures("scripts")
+def test_measured_beside_mlx_text_that_is_right():
+    """What is counted is MLX's attention: its results say so."""
+    import _mlx_sdpa
+
+    q, k, v = (
+        mx.random.normal(shape, key=mx.random.key(i))
+        for i, shape in enumerate([(1, 4, 2, 64), (1, 1, 70, 64), (1, 1, 70, 64)])
+    )
+    ran = _mlx_sdpa.run(q, k, v)
+    assert ran is not None
+    wanted = mx.fast.scaled_dot_product_attention(q, k, v, scale=64**-0.5)
+    assert mx.allclose(ran[0], wanted, atol=1e-5)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_sweep_reports_what_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    import sweep_kernel
+
+    assert sweep_kernel.main(["--calls", "2"]) == 0
+    assert capsys.readouterr().out.endswith("0 failed\n")
+    text = source.text
+    monkeypatch.setattr(source, "text", lambda name: text(name).replace("* fade +", "+"))
+    assert sweep_kernel.main(["--calls", "2"]) == 1
+    assert "off by" in capsys.readouterr().out

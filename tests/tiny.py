@@ -95,7 +95,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "starcoder2": {},
 }
-"""Every architecture of `mlx_sink.attach.SUPPORTED`, and the options that change its attention.
+"""Dense architectures with full attention in every layer, and the options that change it.
 
 The part before the comma is the configuration's ``model_type``.
 """

@@ -8,7 +8,6 @@ one specialisation for each number of query rows.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import source
+from mlx_sink.kernels import arguments, source
 from mlx_sink.ring import Block, KeyRange, Layout, Turn
 from mlx_sink.rope import Rotation
 
@@ -25,12 +24,9 @@ MAX_QUERIES = 8
 """New tokens of a call that the kernel serves."""
 MAX_RANGES = 8
 """Rows of the range table: runs of live keys under one turn."""
-DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-TEXTS = ("decode_common", "decode", "decode_merge")
+TEXTS = ("decode_common", "decode_plain", "decode", "decode_merge")
 """Files of kernel text."""
 
-_FAR = 1 << 30
-"""The reach towards sinks: a query sees all up to its own token."""
 _REGISTERS = 32
 """Outputs that a lane accumulates, over all rows of its simdgroup. MLX's own kernel keeps 16."""
 _INPUTS = ("q", "k", "v", "ranges", "turns", "learned", "scalars")
@@ -74,26 +70,32 @@ class Tables:
         )
 
 
-def fits(layout: Layout, block: Block) -> bool:
+def fits(layout: Layout, block: Block, packed: bool = False) -> bool:
     """Tell whether a block of a call is small enough for the kernel.
 
     The end of a long chunk is not, whatever its size: every number of queries is compiled and
     checked for itself, and chunks would ask for all of them.
     """
-    pieces = block.spans if block.n == 1 else block.ranges
+    pieces = block.spans if block.n == 1 and not packed else block.ranges
     return layout.n <= MAX_QUERIES and len(pieces) <= MAX_RANGES
 
 
 @functools.lru_cache(maxsize=4)
-def tables_of(layout: Layout, block: Block, rotation: Rotation) -> Tables:
+def tables_of(layout: Layout, block: Block, rotation: Rotation, *, packed: bool = False) -> Tables:
     """Make the tables of a block of queries; all layers of a model ask for the same in a step.
+
+    Args:
+        layout: The call.
+        block: Its queries.
+        rotation: The layer's rotary embedding.
+        packed: No range is to have sinks and others: they are held in different arrays.
 
     Raises:
         KernelError: More queries or ranges than the kernel serves.
     """
     if not 1 <= block.n <= MAX_QUERIES:
         raise KernelError(f"queries must be 1 to {MAX_QUERIES}, got {block.n}")
-    rows = _range_rows(block, layout.ring.window)
+    rows = _range_rows(block, layout.ring.window, packed)
     if len(rows) > MAX_RANGES:
         raise KernelError(f"the keys must lie in at most {MAX_RANGES} ranges, got {len(rows)}")
     ranges = np.zeros((1, MAX_RANGES, 8), np.int32)
@@ -109,8 +111,8 @@ def tables_of(layout: Layout, block: Block, rotation: Rotation) -> Tables:
     )
 
 
-def _range_rows(block: Block, window: int) -> list[tuple[int, ...]]:
-    if block.n == 1:
+def _range_rows(block: Block, window: int, packed: bool) -> list[tuple[int, ...]]:
+    if block.n == 1 and not packed:
         # Everything in the ranges is visible: neighbours under one turn are one range.
         return [(s.start, s.stop - s.start, int(s.turn), 0, 0, 0, 0, 0) for s in block.spans]
     rows: list[tuple[int, ...]] = []
@@ -118,7 +120,7 @@ def _range_rows(block: Block, window: int) -> list[tuple[int, ...]]:
         edge = int(_is_edge(r, block, window))
         # Only small differences count, and tokens of an endless stream outgrow int32.
         token = max(r.token - block.first, -r.length) if r.sinks else r.token - block.first
-        reach = _FAR if r.sinks else window
+        reach = arguments.FAR if r.sinks else window
         rows.append((r.row, r.length, int(r.turn), edge, token, reach, 0, 0))
     return rows
 
@@ -172,7 +174,8 @@ def decode(
         keys: ``[B, n_kv_heads, rows, head_dim]`` after RoPE: a ring or any view of one, which
             is read where it lies. Where a row's elements are neighbours, rows lie 4 elements
             or a multiple of that apart and begin likewise (a view ``[..., 1:]`` does not): the
-            kernel loads up to 16 bytes at once.
+            kernel loads up to 16 bytes at once. MLX does not tell strides before an array is
+            computed, so this is the caller's to keep; the library's own rings do.
         values: ``[B, n_kv_heads, rows, v_head_dim]``, likewise.
         tables: Which rows each sequence sees, and how its queries are turned.
         scale: Factor on q.k.
@@ -187,7 +190,7 @@ def decode(
     Raises:
         KernelError: A shape or dtype does not fit; the message names the argument.
     """
-    launch = _launch(
+    launch = launch_of(
         tuple(queries.shape),
         tuple(keys.shape),
         tuple(values.shape),
@@ -197,12 +200,26 @@ def decode(
         (softcap is not None, None if learned_sinks is None else tuple(learned_sinks.shape)),
         splits,
     )
-    learned = _zeros() if learned_sinks is None else _padded(learned_sinks)
-    (out,) = _pass_1()(
-        inputs=[
-            *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
-            *(learned, _scalars(scale, softcap)),
-        ],
+    inputs = [
+        *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
+        *(arguments.logits(learned_sinks), arguments.scalars(scale, softcap)),
+    ]
+    return launched(_pass_1(), launch, inputs, queries.dtype)
+
+
+def launched(
+    pass_1: source.Kernel, launch: Launch, inputs: Sequence[mx.array], dtype: mx.Dtype
+) -> mx.array:
+    """Launch a first pass, and the second if there are splits to merge.
+
+    Args:
+        pass_1: The kernel.
+        launch: Its grid and template.
+        inputs: Its inputs; the sixth are the learned sinks.
+        dtype: Of the result.
+    """
+    (out,) = pass_1(
+        inputs=inputs,
         template=launch.template,
         grid=launch.grid,
         threadgroup=launch.threadgroup,
@@ -212,18 +229,18 @@ def decode(
     if launch.shape == launch.out:
         return out
     (out,) = _pass_2()(
-        inputs=[out, learned],
+        inputs=[out, inputs[5]],
         template=launch.merge,
         grid=launch.merge_grid,
         threadgroup=(32, 1, 1),
         output_shapes=[launch.out],
-        output_dtypes=[queries.dtype],
+        output_dtypes=[dtype],
     )
     return out
 
 
 @functools.lru_cache(maxsize=256)
-def _launch(
+def launch_of(
     q: tuple[int, ...],
     k: tuple[int, ...],
     v: tuple[int, ...],
@@ -232,12 +249,26 @@ def _launch(
     rotation: tuple[int, bool],
     options: tuple[bool, tuple[int, ...] | None],
     splits: int | None,
+    packed: tuple[int, int, int] | None = None,
 ) -> Launch:
-    """Check a call and lay it out; once for all calls that look alike."""
-    _check(q, k, v, dtypes, tables, rotation, options, splits)
+    """Check a call and lay it out; once for all calls that look alike.
+
+    The last argument is bits of keys and of values and the group size, if they are quantised.
+    """
+    batch, n, live, last = tables
+    arguments.check(
+        *(q, k, v, dtypes),
+        batch=batch,
+        n=n,
+        last=last,
+        dims=rotation[0],
+        learned=options[1],
+    )
+    if splits is not None and not 1 <= splits <= 1024:
+        raise KernelError(f"splits must be 1 to 1024, got {splits}")
     (B, H, L, D), n_kv, DV, dtype = q, k[1], v[3], dtypes[0]
     G = H // n_kv
-    EK, EV = _share(D), _share(DV)
+    EK, EV = (_share(dim, of_a_group=packed is not None) for dim in (D, DV))
     wide = max(EK, EV)
     # Rows that a simdgroup keeps in registers; more are shared out among up to 16 simdgroups.
     most = max(1, _REGISTERS // wide, -(-G * L // 16))
@@ -246,7 +277,7 @@ def _launch(
     slices = 1 if groups > 1 else 8 if rows * DV <= 512 else 4
     tile = 4 if wide * dtype.size > 8 else 8
     fitting = (n for n in (32, 16, 8) if n * (D + DV) * dtype.size <= 16384)
-    splits = splits or _splits(tables[2], B * n_kv)
+    splits = splits or _splits(live, B * n_kv)
     threads = 32 * slices * groups
     single = splits == 1
     shared = [("G", G), ("L", L), ("DV", DV), ("LSINK", options[1] is not None)]
@@ -256,6 +287,8 @@ def _launch(
         *(("EK", EK), ("EV", EV), ("TILE", next(fitting, tile)), ("DIMS", rotation[0])),
         *(("INTERLEAVED", rotation[1]), ("SOFTCAP", options[0]), ("SINGLE", single)),
     ]
+    if packed is not None:
+        template += zip(("KBITS", "VBITS", "GS"), packed, strict=True)
     out = (B, H, L, DV)
     return Launch(
         template,
@@ -269,54 +302,13 @@ def _launch(
     )
 
 
-def _check(
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    v: tuple[int, ...],
-    dtypes: tuple[mx.Dtype, mx.Dtype, mx.Dtype],
-    tables: tuple[int, int, int, int],
-    rotation: tuple[int, bool],
-    options: tuple[bool, tuple[int, ...] | None],
-    splits: int | None,
-) -> None:
-    """Raise for what the kernel would read wrongly."""
-    batch, n, _, last = tables
-    shapes = {"queries": q, "keys": k, "values": v}
-    for name, shape in shapes.items():
-        if len(shape) != 4 or 0 in shape:
-            raise KernelError(f"{name} must be [B, heads, rows, dim], none 0, got {shape}")
-    for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True):
-        if shape[0] != q[0]:
-            raise KernelError(f"{name} must have the queries' batch of {q[0]}, got {shape[0]}")
-        if dtype not in DTYPES or dtype != dtypes[0]:
-            kinds = "float16, bfloat16 or float32, all the same"
-            raise KernelError(f"{name} must be {kinds}, got {dtype} where queries are {dtypes[0]}")
-        if shape[3] % 16:
-            raise KernelError(f"{name} must have a head_dim that 16 divides, got {shape[3]}")
-    if k[3] != q[3]:
-        raise KernelError(f"keys must have the queries' head_dim of {q[3]}, got {k[3]}")
-    if v[1:3] != k[1:3]:
-        raise KernelError(f"values must have the keys' heads and rows {k[1:3]}, got {v[1:3]}")
-    if q[1] % k[1] or q[1] // k[1] > 16:
-        raise KernelError(f"queries must have 1 to 16 times the {k[1]} kv heads, got {q[1]}")
-    if q[2] != n:
-        raise KernelError(f"queries must have the tables' {n} rows, got {q[2]}")
-    if batch not in (1, q[0]):
-        raise KernelError(f"tables must be for 1 or {q[0]} sequences, got {batch}")
-    if last > k[2]:
-        raise KernelError(f"keys must have the {last} rows of the tables, got {k[2]}")
-    if rotation[0] > q[3] or rotation[0] % 2:
-        raise KernelError(f"tables must turn at most {q[3]} dims, in pairs, got {rotation[0]}")
-    if options[1] not in (None, (q[1],)):
-        raise KernelError(f"learned_sinks must be [{q[1]}], got {options[1]}")
-    if splits is not None and not 1 <= splits <= 1024:
-        raise KernelError(f"splits must be 1 to 1024, got {splits}")
+def _share(dim: int, of_a_group: bool = False) -> int:
+    """Return the consecutive dimensions that a lane owns: even, and dim a multiple of it.
 
-
-def _share(dim: int) -> int:
-    """Return the consecutive dimensions that a lane owns: even, and dim a multiple of it."""
+    Quantised, they are all of one group: 32 is a multiple of it too.
+    """
     share = 2 * -(-dim // 64)
-    while dim % share:
+    while dim % share or (of_a_group and 32 % share):
         share += 2
     return share
 
@@ -335,30 +327,12 @@ def _cores() -> int:
 
 @functools.cache
 def _pass_1() -> source.Kernel:
-    return source.build("decode", "decode_common", _INPUTS, ("out",))
+    return source.build(("decode_plain", "decode"), ("decode_common",), _INPUTS, ("out",))
 
 
 @functools.cache
 def _pass_2() -> source.Kernel:
-    return source.build("decode_merge", "decode_common", ("partials", "learned"), ("out",))
-
-
-@functools.cache
-def _zeros() -> mx.array:
-    return mx.zeros((8,), mx.float32)
-
-
-@functools.lru_cache(maxsize=64)
-def _scalars(scale: float, softcap: float | None) -> mx.array:
-    """Return the kernel's scalars: log2(e) goes on the scores last, as exp2 needs it."""
-    log2e = math.log2(math.e)
-    pair = (scale * log2e, 0.0) if softcap is None else (scale / softcap, softcap * log2e)
-    return mx.array([*pair, 0, 0, 0, 0, 0, 0], mx.float32)
-
-
-def _padded(logits: mx.array) -> mx.array:
-    logits = mx.contiguous(logits.astype(mx.float32))
-    return mx.pad(logits, (0, 8 - logits.size)) if logits.size < 8 else logits
+    return source.build(("decode_merge",), ("decode_common",), ("partials", "learned"), ("out",))
 
 
 def forget() -> None:

@@ -15,18 +15,22 @@ import os
 import platform
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_sink import reference
 from mlx_sink.errors import ConfigError, KernelError
-from mlx_sink.kernels import decode, source
-from mlx_sink.ring import Layout, Ring, Turn, layout_of
+from mlx_sink.kernels import arguments, decode, prefill, source, trial
+from mlx_sink.kernels.decode_packed import TEXTS as PACKED_TEXTS
+from mlx_sink.kernels.decode_packed import decode_packed
+from mlx_sink.kernels.decode_packed import forget as forget_packed
+from mlx_sink.ring import layout_of
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import Packed, packed
 
 SWITCH = "MLX_SINK_KERNEL"
 """``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and
@@ -36,17 +40,6 @@ FOLDER = "MLX_SINK_CACHE"
 
 TOLERANCES = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 """Largest error in units of the largest output: rounding of the result, and fast::exp2."""
-
-_RINGS = (
-    Ring(num_sinks=4, window=203, epoch=1000, tokens=741),
-    Ring(num_sinks=4, window=203, epoch=300, tokens=660, start=600, previous=300),
-)
-"""One ring has wrapped in its first epoch; the window of the other spans two epochs."""
-
-_SOFTCAP = 2.0
-"""The size of a typical score."""
-_LOGIT = 6.5
-"""Mean of the learned logits, about that of the logarithm of the sum of the keys' weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +55,32 @@ class Specialisation:
     interleaved: bool
     softcap: bool = False
     learned_sinks: bool = False
+    packed: tuple[int, int, int] | None = None
+    """Bits of keys and of values, and the group size, of a quantised ring."""
 
     @property
     def name(self) -> str:
         """One word that tells it from all others."""
-        dtype = str(self.dtype).rpartition(".")[2]
-        pairs = "interleaved" if self.interleaved else "halves"
-        dims = f"d{self.head_dim}" + (
-            "" if self.v_head_dim == self.head_dim else f"v{self.v_head_dim}"
-        )
-        options = "-softcap" * self.softcap + "-learned" * self.learned_sinks
-        rows = f"gqa{self.group}-n{self.n}"
-        return f"decode-{dtype}-{dims}-{rows}-rope{self.rotated}-{pairs}{options}"
+        rows = f"gqa{self.group}-n{self.n}-"
+        heads, pairs = (self.head_dim, self.v_head_dim), (self.rotated, self.interleaved)
+        options = self.softcap, self.learned_sinks
+        name = name_of(f"decode-{self.dtype}", heads, rows, pairs, options)
+        return name if self.packed is None else name + "-k{}v{}g{}".format(*self.packed)
+
+
+def name_of(
+    kernel: str,
+    heads: tuple[int, int],
+    rows: str,
+    rotation: tuple[int, bool],
+    options: tuple[bool, bool],
+) -> str:
+    """Put a specialisation in one word: ``decode-float16-d64-gqa4-n1-rope64-halves-softcap``."""
+    head_dim, v_head_dim = heads
+    dims = f"d{head_dim}" + ("" if v_head_dim == head_dim else f"v{v_head_dim}")
+    pairs = "interleaved" if rotation[1] else "halves"
+    extras = "-softcap" * options[0] + "-learned" * options[1]
+    return f"{kernel.replace('mlx.core.', '')}-{dims}-{rows}rope{rotation[0]}-{pairs}{extras}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +91,14 @@ class Verdict:
         passed: The kernel may serve.
         error: Largest error in units of the largest output; None if nothing could be compared.
         reason: Why it may not serve, or empty.
+        speedup: How many times faster it is here than the plain operations; None for a kernel
+            that serves without having been timed.
     """
 
     passed: bool
     error: float | None
     reason: str
+    speedup: float | None = None
 
 
 def serves(
@@ -99,6 +109,7 @@ def serves(
     *,
     softcap: float | None = None,
     learned_sinks: mx.array | None = None,
+    packed: tuple[Packed, Packed] | None = None,
 ) -> bool:
     """Tell whether the decode kernel serves a call, checking it at the first of its kind.
 
@@ -109,6 +120,7 @@ def serves(
         rotation: The layer's rotary embedding.
         softcap: As in `decode.decode`.
         learned_sinks: As in `decode.decode`.
+        packed: The same keys and values as they are held, if quantised.
 
     Raises:
         KernelError: `SWITCH` is ``on``, and there is no Metal or the check failed.
@@ -117,15 +129,16 @@ def serves(
     if not is_wanted() or mx.default_device() != source.device():
         return False
     dtype, (_, H, n, D), n_kv = queries.dtype, queries.shape, keys.shape[1]
-    if D % 16 or values.shape[3] % 16 or 16 * n_kv < H:
+    if D % 16 or values.shape[3] % 16 or arguments.MAX_GROUP * n_kv < H:
         return False
-    if dtype not in decode.DTYPES or keys.dtype != dtype or values.dtype != dtype:
+    if dtype not in arguments.DTYPES or keys.dtype != dtype or values.dtype != dtype:
         return False
     return _is_trusted(
         Specialisation(
             *(dtype, H // n_kv, D, values.shape[3], n, rotation.dims, rotation.interleaved),
             softcap=softcap is not None,
             learned_sinks=learned_sinks is not None,
+            packed=packed and (packed[0].bits, packed[1].bits, packed[0].group_size),
         )
     )
 
@@ -143,15 +156,23 @@ def is_wanted() -> bool:
 
 @functools.cache
 def _is_trusted(spec: Specialisation) -> bool:
-    """Return the verdict's word; say once why a kernel does not serve."""
-    verdict = verdict_of(spec)
+    """Tell whether a kernel serves; say once why one does not."""
+    return accepts(spec.name, verdict_of(spec))
+
+
+def accepts(name: str, verdict: Verdict) -> bool:
+    """Return the verdict's word; warn of a kernel that may not serve.
+
+    Raises:
+        KernelError: It may not serve, and `SWITCH` is ``on``.
+    """
     if verdict.passed:
         return True
-    message = f"the kernel {spec.name} is not used on this machine: {verdict.reason}"
+    message = f"the kernel {name} is not used on this machine: {verdict.reason}"
     if os.environ.get(SWITCH) == "on":
         raise KernelError(message)
     warnings.warn(
-        f"{message}. Results stay right, decoding is slower. Please report this with the output "
+        f"{message}. Results stay right, and come more slowly. Please report this with the output "
         "of `python -m mlx_sink.doctor`.",
         RuntimeWarning,
         stacklevel=2,
@@ -161,108 +182,74 @@ def _is_trusted(spec: Specialisation) -> bool:
 
 def verdict_of(spec: Specialisation) -> Verdict:
     """Return the verdict on a specialisation on this machine: the one kept, or a new one."""
-    path = folder() / f"{_key(spec)}.json"
+    return recall(spec.name, lambda: check(spec))
+
+
+def recall(name: str, make: Callable[[], Verdict]) -> Verdict:
+    """Return the verdict kept under a kernel's name for this machine, or make and keep one."""
+    path = folder() / f"{_key(name)}.json"
     verdict = _read(path)
     if verdict is None:
-        verdict = check(spec)
-        _write(path, spec, verdict)
+        verdict = make()
+        _write(path, name, verdict)
     return verdict
 
 
 def check(spec: Specialisation) -> Verdict:
     """Run a specialisation, with one split and with several, and compare it with `reference`."""
-    random = mx.random.key(0)
-    heads, rows, B = 2, max(ring.capacity for ring in _RINGS) + spec.n, len(_RINGS)
-    shapes = (
+    heads, rows, B = 2, max(ring.capacity for ring in trial.RINGS) + spec.n, len(trial.RINGS)
+    q, k, v = trial.normals(
         (B, heads * spec.group, spec.n, spec.head_dim),
         (B, heads, rows, spec.head_dim),
         (B, heads, rows, spec.v_head_dim),
+        dtype=spec.dtype,
     )
-    keys = mx.random.split(random, 3)
-    q, k, v = (
-        mx.random.normal(shape, key=key, stream=mx.cpu).astype(spec.dtype, stream=mx.cpu)
-        for shape, key in zip(shapes, keys, strict=True)
-    )
-    rotation = _rotation(spec)
-    layouts = [layout_of(ring, spec.n) for ring in _RINGS]
-    tables = decode.Tables.stack(
-        [decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation) for a in layouts]
-    )
+    rotation = trial.rotation_of(spec.rotated, spec.interleaved)
+    layouts = [layout_of(ring, spec.n) for ring in trial.RINGS]
     scale = 2.0 * spec.head_dim**-0.5
-    cap, logits = _SOFTCAP if spec.softcap else None, _logits(spec, heads)
-    error = 0.0
+    cap = trial.SOFTCAP if spec.softcap else None
+    logits = trial.logits_of(heads * spec.group) if spec.learned_sinks else None
+    error, is_packed = 0.0, spec.packed is not None
+    tables = decode.Tables.stack(
+        [
+            decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation, packed=is_packed)
+            for a in layouts
+        ]
+    )
     try:
-        wanted = _wanted(q, k, v, layouts, rotation, scale, cap, logits)
+        run: Callable[..., mx.array] = functools.partial(decode.decode, q, k, v, tables)
+        if spec.packed is not None:
+            k_bits, v_bits, size = spec.packed
+            rows = packed(k, trial.SINKS, k_bits, size), packed(v, trial.SINKS, v_bits, size)
+            run = functools.partial(decode_packed, q, *rows, tables)
+            k, v = (x.expanded() for x in rows)
+        wanted = trial.by_reference(q, k, v, layouts, rotation, scale, cap, logits)
         for splits in (1, 3):
-            out = decode.decode(
-                *(q, k, v, tables),
-                scale=scale,
-                softcap=cap,
-                learned_sinks=logits,
-                splits=splits,
-            )
-            error = max(error, _error(out, wanted))
+            out = run(scale=scale, softcap=cap, learned_sinks=logits, splits=splits)
+            error = max(error, trial.error_of(out, wanted))
     except (RuntimeError, ValueError) as failure:
-        lines = [line for line in str(failure).splitlines() if line.strip()]
-        return Verdict(False, None, f"it failed to run ({' '.join(lines[:3])[:300]})")
-    if not error <= TOLERANCES[spec.dtype]:
+        return failed(failure)
+    return judged(error, spec.dtype)
+
+
+def failed(failure: Exception) -> Verdict:
+    """Return the verdict on a kernel that could not be run."""
+    lines = [line for line in str(failure).splitlines() if line.strip()]
+    return Verdict(False, None, f"it failed to run ({' '.join(lines[:3])[:300]})")
+
+
+def judged(error: float, dtype: mx.Dtype) -> Verdict:
+    """Return the verdict on a kernel that was off by so much, in units of the largest output."""
+    if not error <= TOLERANCES[dtype]:
         return Verdict(False, error, f"its results are off by {error:.2g}")
     return Verdict(True, error, "")
-
-
-def _rotation(spec: Specialisation) -> Rotation:
-    pairs = spec.rotated // 2
-    frequencies = [100.0 ** -(i / max(pairs, 1)) for i in range(pairs)]
-    return Rotation(frequencies, spec.interleaved)
-
-
-def _logits(spec: Specialisation, heads: int) -> mx.array | None:
-    """Return logits that weigh about as much as all keys together: small ones would not show."""
-    if not spec.learned_sinks:
-        return None
-    shape, key = (heads * spec.group,), mx.random.key(1)
-    return mx.random.normal(shape, loc=_LOGIT, key=key, stream=mx.cpu)
-
-
-def _wanted(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    layouts: list[Layout],
-    rotation: Rotation,
-    scale: float,
-    cap: float | None,
-    logits: mx.array | None,
-) -> mx.array:
-    """Work out in float32 and on the CPU, where matrix products are not cut to TF32."""
-    outputs: list[mx.array] = []
-    with mx.stream(mx.cpu):
-        for b, layout in enumerate(layouts):
-            block = layout.block(layout.ring.tokens, layout.end)
-            scaled = q[b : b + 1].astype(mx.float32) * scale
-            # A fresh key: what a model's steps remember is not to be crowded out.
-            queries = {
-                turn: rotation.turn(scaled, layout.turns(turn), key=object()) for turn in Turn
-            }
-            keys, values = (x[b : b + 1].astype(mx.float32) for x in (k, v))
-            window = layout.ring.window
-            outputs.append(
-                reference.attend(
-                    queries, keys, values, block, window, softcap=cap, learned_sinks=logits
-                )
-            )
-        return mx.concatenate(outputs)
-
-
-def _error(out: mx.array, wanted: mx.array) -> float:
-    with mx.stream(mx.cpu):
-        off = mx.abs(out.astype(mx.float32) - wanted).max() / mx.abs(wanted).max()
-        return cast("float", off.item())
 
 
 def forget() -> None:
     """Forget what this process has settled: tests change the machine under it."""
     decode.forget()
+    forget_packed()
+    prefill.forget()
     is_wanted.cache_clear()
     _is_trusted.cache_clear()
 
@@ -276,7 +263,7 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "mlx": version("mlx"),
         "backend": source.backend(),
-        "text": source.stamp(*decode.TEXTS),
+        "text": source.stamp(*decode.TEXTS, *PACKED_TEXTS, *prefill.TEXTS),
     }
 
 
@@ -290,23 +277,41 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_sink"
 
 
-def _key(spec: Specialisation) -> str:
+def kept() -> list[dict[str, Any]]:
+    """Return the verdicts that use has left in `folder`, of this machine as it is now.
+
+    Returns:
+        Dictionaries of ``kernel`` (its name) and the fields of `Verdict`.
+    """
+    here, found = machine(), list[dict[str, Any]]()
+    for path in sorted(folder().glob("*.json")):
+        verdict = _read(path)
+        if verdict is not None:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if all(facts.get(name) == value for name, value in here.items()):
+                found.append({"kernel": str(facts.get("kernel")), **asdict(verdict)})
+    return found
+
+
+def _key(name: str) -> str:
     parts = json.dumps(machine(), sort_keys=True)
-    return f"{spec.name}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+    return f"{name}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
 def _read(path: Path) -> Verdict | None:
     """Return a verdict that was kept; a file that cannot be read is as good as none."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return Verdict(bool(kept["passed"]), kept["error"], str(kept["reason"]))
+        return Verdict(
+            bool(kept["passed"]), kept["error"], str(kept["reason"]), kept.get("speedup")
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write(path: Path, spec: Specialisation, verdict: Verdict) -> None:
+def _write(path: Path, name: str, verdict: Verdict) -> None:
     """Keep a verdict. The file appears whole or not at all, as processes may check at once."""
-    text = json.dumps({"kernel": spec.name, **machine(), **asdict(verdict)}, indent=1)
+    text = json.dumps({"kernel": name, **machine(), **asdict(verdict)}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

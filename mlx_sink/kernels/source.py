@@ -85,29 +85,33 @@ def cuda_header() -> str:
 
 @functools.cache
 def build(
-    name: str, header: str, input_names: tuple[str, ...], output_names: tuple[str, ...]
+    bodies: tuple[str, ...],
+    headers: tuple[str, ...],
+    input_names: tuple[str, ...],
+    output_names: tuple[str, ...],
 ) -> Kernel:
-    """Build the kernel of a file of text, once.
+    """Build the kernel of some files of text, once.
 
     Its inputs are taken as they lie, strided or not: MLX would otherwise copy a strided one at
     every call, and say nothing.
 
     Args:
-        name: The file of its body, and its name; MLX adds the template's values to it, so that
-            every specialisation has a name of its own.
-        header: The file of the functions that it calls.
+        bodies: The files of its body, in order. The first gives it its name; MLX adds the
+            template's values to it, so that every specialisation has a name of its own.
+        headers: The files of the functions that it calls.
         input_names: Its inputs, in order.
         output_names: Its outputs, in order.
     """
     # MLX keeps compiled CUDA on disk by the kernel's name alone: there the name tells the text.
     cuda = backend() == "cuda"
+    body, header = ("".join(map(text, names)) for names in (bodies, headers))
     make = mx.fast.cuda_kernel if cuda else mx.fast.metal_kernel
     kernel = make(
-        name=f"mlx_sink_{name}" + (f"_{stamp(name, header)}" if cuda else ""),
+        name=f"mlx_sink_{bodies[0]}" + (f"_{stamp(*bodies, *headers)}" if cuda else ""),
         input_names=list(input_names),
         output_names=list(output_names),
-        source=for_cuda(text(name)) if cuda else text(name),
-        header=cuda_header() + for_cuda(text(header)) if cuda else text(header),
+        source=for_cuda(body) if cuda else body,
+        header=cuda_header() + for_cuda(header) if cuda else header,
         ensure_row_contiguous=False,
     )
     return cast("Kernel", kernel)

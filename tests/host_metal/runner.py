@@ -85,6 +85,12 @@ class Report:
         """All simd operations, once per simdgroup that executes one."""
         return sum(self.simd.values())
 
+    @property
+    def fragment_products(self) -> int:
+        """Products of 8x8 fragments, 512 multiply-adds each."""
+        names = ("simdgroup_multiply", "simdgroup_multiply_accumulate")
+        return sum(self.simd.get(name, 0) for name in names)
+
 
 def run(
     runner: Path,

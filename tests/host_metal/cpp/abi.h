@@ -14,6 +14,7 @@
 namespace hm {
 
 constexpr unsigned SIMD_WIDTH = 32;
+constexpr unsigned MAX_THREADS = 1024;  // of a threadgroup
 
 // Bits of metal::mem_flags.
 constexpr unsigned FLAG_DEVICE = 1;
@@ -31,6 +32,31 @@ struct Exchange {
   unsigned size;  // lanes in this simdgroup; fewer than 32 only at the end of a threadgroup
 };
 using Combine = void (*)(Exchange&);
+
+// The operands of operations on simdgroup_matrix, in a lane: two elements of each 8x8 fragment.
+struct Together {
+  const char* operation;
+  Site site;
+};
+struct FragmentAccess : Together {
+  const void* memory;
+  unsigned long row;  // elements from one row of memory to the next
+  unsigned item;      // bytes of an element
+  bool store, transpose;
+  unsigned char elements[2][4];
+};
+struct FragmentProduct : Together {
+  float a[2], b[2], c[2];  // c becomes a * b + c
+};
+
+// Where a lane's two elements lie: MLX relies on this map, which Metal does not document.
+struct FragmentPlace {
+  unsigned row, column;  // and the column after it
+};
+constexpr FragmentPlace fragment_place(unsigned lane) {
+  unsigned quad = lane / 4;
+  return {(quad & 4) + lane / 2 % 4, (quad & 2) * 2 + lane % 2 * 2};
+}
 
 // Every attribute that MLX can add to a kernel's parameters.
 struct Attributes {
@@ -54,6 +80,8 @@ void hm_kernel(void* const* buffers, const hm::Attributes& attributes);
 // Defined by the runtime. `operation` is a string literal: the name under which it is counted.
 hm::Exchange& hm_simd(const char* operation, hm::Site site, const void* operand, unsigned bytes,
                       hm::Combine combine);
+void hm_access_fragment(hm::Exchange& exchange);    // a Combine of FragmentAccess
+void hm_multiply_fragments(hm::Exchange& exchange);  // a Combine of FragmentProduct
 void hm_simdgroup_barrier(unsigned flags, hm::Site site);
 void hm_threadgroup_barrier(unsigned flags, hm::Site site);
 unsigned hm_lane();

@@ -23,3 +23,4 @@
 #include "metal/vector.h"
 #include "metal/math.h"
 #include "metal/simd.h"
+#include "metal/matrix.h"

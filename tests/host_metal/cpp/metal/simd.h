@@ -1,7 +1,4 @@
 // Barriers and simdgroup operations: each meets at the runtime, which sees who is missing.
-//
-// simdgroup_matrix belongs here as one more user of hm_simd (a lane's operand is its two elements
-// of each fragment); no kernel uses it yet.
 #pragma once
 
 namespace metal {

@@ -13,11 +13,16 @@ struct Position {
 };
 extern Position position;
 
-// A fault is placed by kernel text (`site`) or, where only an instruction is known, by its address,
-// which Python looks up in the debug lines.
-[[noreturn]] void fault_at(Site site, const char* kind, const char* format, ...)
-    __attribute__((format(printf, 3, 4)));
-[[noreturn]] void fault_pc(uintptr_t pc, const char* kind, const char* format, ...)
+// What a fault is placed by: a line of kernel text or, where only an instruction is known, its
+// address, which Python looks up in the debug lines.
+struct Origin {
+  Site site = {"", 0};
+  uintptr_t pc = 0;
+
+  Origin(Site given) : site(given) {}
+  Origin(uintptr_t given) : pc(given) {}
+};
+[[noreturn]] void fault_at(Origin origin, const char* kind, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 
 }  // namespace hm

@@ -124,9 +124,9 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
   pc = (uintptr_t)((ucontext_t*)context)->uc_mcontext.pc;
 #endif
   if (signal == SIGVTALRM)
-    fault_pc(pc + 1, "timeout", "the kernel still runs after %.1f s of CPU time (this thread last "
+    fault_at(pc + 1, "timeout", "the kernel still runs after %.1f s of CPU time (this thread last "
              "waited at line %d)", seconds_allowed, last_line());
-  if (signal == SIGFPE) fault_pc(pc + 1, "undefined", "division by zero");
+  if (signal == SIGFPE) fault_at(pc + 1, "undefined", "division by zero");
   fault_page((uintptr_t)info->si_addr, pc + 1);
 }
 

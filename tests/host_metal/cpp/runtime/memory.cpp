@@ -29,6 +29,12 @@ static uintptr_t arena;
 static MemoryLimits limits;
 static uint64_t variable_bytes;
 
+unsigned thread_of_operation(unsigned simdgroup) {
+  static unsigned operations;
+  operations = operations % (~0u / MAX_THREADS - 1) + 1;
+  return operations * MAX_THREADS + simdgroup * SIMD_WIDTH;
+}
+
 // ---------------------------------------------------------------- layout
 
 static void* map(uintptr_t at, uint64_t bytes, int protection) {
@@ -105,23 +111,23 @@ Where describe(const Region& region, uintptr_t address) {
 
 // The region that an address belongs to; null for memory that needs no check (the thread's own
 // stack, constants of the program).
-static Region* find_region(uintptr_t address, unsigned bytes, const char* kind, uintptr_t pc) {
+static Region* find_region(uintptr_t address, unsigned bytes, const char* kind, Origin origin) {
   uint64_t offset = address - arena;
   if (offset >= SLOTS * SLOT) {
     if (address >= (uintptr_t)&__executable_start && address < (uintptr_t)&_end) return nullptr;
-    fault_pc(pc, "out-of-bounds", "%s of %u bytes at %#lx, which is in no buffer", kind, bytes,
+    fault_at(origin, "out-of-bounds", "%s of %u bytes at %#lx, which is in no buffer", kind, bytes,
              (unsigned long)address);
   }
   unsigned slot = (unsigned)(offset / SLOT);
   if (slot == STACKS) {
     unsigned owner = (unsigned)(offset % SLOT / STACK_BYTES);
     if (owner == current_thread) return nullptr;
-    fault_pc(pc, "out-of-bounds", "%s of %u bytes in the private memory of thread %u", kind, bytes,
+    fault_at(origin, "out-of-bounds", "%s of %u bytes in the private memory of thread %u", kind, bytes,
              owner);
   }
   Region& region = slot < MAX_BUFFERS ? buffers[slot] : variables[slot - MAX_BUFFERS];
   if (address < region.base || address + bytes > region.base + region.bytes)
-    fault_pc(pc, "out-of-bounds", "%s of %u bytes at %s", kind, bytes,
+    fault_at(origin, "out-of-bounds", "%s of %u bytes at %s", kind, bytes,
              describe(region, address).text);
   return &region;
 }
@@ -135,8 +141,8 @@ static void count_load(Region& region, uint64_t first, uint64_t last, unsigned b
     }
 }
 
-void check_access(uintptr_t address, unsigned bytes, bool write, uintptr_t pc) {
-  Region* found = find_region(address, bytes, write ? "write" : "read", pc);
+void check_access(uintptr_t address, unsigned bytes, bool write, Origin origin) {
+  Region* found = find_region(address, bytes, write ? "write" : "read", origin);
   if (!found) return;
   Region& region = *found;
   unsigned shift = __builtin_ctz(region.granule);  // this is the hot path: no divisions
@@ -147,23 +153,23 @@ void check_access(uintptr_t address, unsigned bytes, bool write, uintptr_t pc) {
   else
     count_load(region, first, last, bytes);
   if (region.space == Space::input) {
-    if (write) fault_pc(pc, "write-to-input", "write to %s", describe(region, address).text);
+    if (write) fault_at(origin, "write-to-input", "write to %s", describe(region, address).text);
     return;  // nobody writes inputs, so there is no order to keep
   }
   for (uint64_t i = first; i <= last; i++) {
     if (write)
-      check_write(region, i, pc);
+      check_write(region, i, origin);
     else
-      check_read(region, i, pc);
+      check_read(region, i, origin);
   }
 }
 
-void fault_page(uintptr_t address, uintptr_t pc) {
+void fault_page(uintptr_t address, Origin origin) {
   uint64_t offset = address - arena;
   if (offset < SLOTS * SLOT && offset / SLOT == STACKS)
-    fault_pc(pc, "out-of-bounds", "the private memory of thread %lu overflows",
+    fault_at(origin, "out-of-bounds", "the private memory of thread %lu overflows",
              (unsigned long)(offset % SLOT / STACK_BYTES));
-  fault_pc(pc, "crash", "invalid memory access at %#lx", (unsigned long)address);
+  fault_at(origin, "crash", "invalid memory access at %#lx", (unsigned long)address);
 }
 
 }  // namespace hm

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "abi.h"
+#include "fault.h"
 
 namespace hm {
 
@@ -35,7 +36,13 @@ Where describe(const Region& region, uintptr_t address);
 
 extern Region buffers[MAX_BUFFERS];
 extern Region variables[MAX_VARIABLES];
-extern unsigned current_thread;  // its index in the threadgroup
+
+// Who accesses memory: the index of the thread in its threadgroup. What a simdgroup does together
+// (simdgroup_load, simdgroup_store) is done by a thread of its own each time, as Metal does not say
+// which lane moves which element: other lanes' accesses to the same memory need a barrier between.
+extern unsigned current_thread;
+unsigned thread_of_operation(unsigned simdgroup);
+inline unsigned simdgroup_of(unsigned thread) { return thread % MAX_THREADS / SIMD_WIDTH; }
 
 struct MemoryLimits {
   uint64_t threadgroup_bytes;
@@ -48,7 +55,7 @@ void forget_variables();  // a threadgroup finds its memory as garbage, never as
 uint64_t threadgroup_bytes_used();
 char* stack_of(unsigned thread);  // lowest usable byte of STACK_BYTES less one guard page
 
-void check_access(uintptr_t address, unsigned bytes, bool write, uintptr_t pc);
-[[noreturn]] void fault_page(uintptr_t address, uintptr_t pc);
+void check_access(uintptr_t address, unsigned bytes, bool write, Origin origin);
+[[noreturn]] void fault_page(uintptr_t address, Origin origin);
 
 }  // namespace hm

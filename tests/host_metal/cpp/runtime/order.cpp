@@ -4,6 +4,7 @@
 // name. Nothing orders two threadgroups.
 #include "order.h"
 
+#include <cstdio>
 #include <cstring>
 
 #include "fault.h"
@@ -17,7 +18,7 @@ enum Memory { THREADGROUP_MEMORY, DEVICE_MEMORY };
 
 // Barriers so far, per kind of memory.
 static uint32_t epoch[2];
-static uint32_t step[1024 / SIMD_WIDTH][2];
+static uint32_t step[MAX_THREADS / SIMD_WIDTH][2];
 static uint32_t group;
 
 void begin_threadgroup(unsigned index) {
@@ -40,8 +41,6 @@ static Memory memory_of(const Region& region) {
   return region.space == Space::threadgroup ? THREADGROUP_MEMORY : DEVICE_MEMORY;
 }
 
-static unsigned simdgroup_of(unsigned thread) { return thread / SIMD_WIDTH; }
-
 static Stamp stamp_now(Memory memory) {
   unsigned mine = simdgroup_of(current_thread);
   return Stamp{group, epoch[memory], step[mine][memory], current_thread};
@@ -53,17 +52,30 @@ static bool ordered(const Stamp& past, const Stamp& now) {
   return simdgroup_of(past.thread) == simdgroup_of(now.thread) && past.step != now.step;
 }
 
+// A thread in words.
+struct Who {
+  char text[48];
+};
+static Who describe_thread(unsigned thread) {
+  Who who;
+  unsigned simdgroup = simdgroup_of(thread);
+  if (thread < MAX_THREADS)
+    snprintf(who.text, sizeof who.text, "thread %u (simdgroup %u)", thread, simdgroup);
+  else
+    snprintf(who.text, sizeof who.text, "simdgroup %u together", simdgroup);
+  return who;
+}
+
 [[noreturn]] static void fault_race(const Region& region, uint64_t cell, bool write,
-                                    const Stamp& past, const char* past_kind, uintptr_t pc) {
+                                    const Stamp& past, const char* past_kind, Origin origin) {
   const char* kind = write ? "write" : "read";
   Where where = describe(region, region.base + cell * region.granule);
-  unsigned me = current_thread;
   if (past.group != group)
-    fault_pc(pc, "race", "%s of %s by threadgroup %u after a %s by threadgroup %u: nothing orders "
-             "threadgroups", kind, where.text, group - 1, past_kind, past.group - 1);
-  fault_pc(pc, "race", "%s of %s by thread %u (simdgroup %u) after a %s by thread %u (simdgroup "
-           "%u), with no barrier for that memory between", kind, where.text, me, simdgroup_of(me),
-           past_kind, past.thread, simdgroup_of(past.thread));
+    fault_at(origin, "race", "%s of %s by threadgroup %u after a %s by threadgroup %u: nothing "
+             "orders threadgroups", kind, where.text, group - 1, past_kind, past.group - 1);
+  fault_at(origin, "race", "%s of %s by %s after a %s by %s, with no barrier for that memory "
+           "between", kind, where.text, describe_thread(current_thread).text, past_kind,
+           describe_thread(past.thread).text);
 }
 
 // Threadgroup memory holds garbage again in each threadgroup.
@@ -73,12 +85,12 @@ static bool is_written(const Region& region, const Cell& cell) {
 }
 
 static void check_after_write(const Region& region, uint64_t index, bool write, const Stamp& now,
-                              uintptr_t pc) {
+                              Origin origin) {
   const Cell& cell = region.cells[index];
   const Stamp& past = cell.write;
   if (!is_written(region, cell) || past.group == PREFILLED) return;
   if (past.group != group || !ordered(past, now))
-    fault_race(region, index, write, past, "write", pc);
+    fault_race(region, index, write, past, "write", origin);
 }
 
 static void remember_read(Cell& cell, const Stamp& now) {
@@ -97,13 +109,13 @@ static void remember_read(Cell& cell, const Stamp& now) {
   cell.read = now;
 }
 
-void check_read(const Region& region, uint64_t index, uintptr_t pc) {
+void check_read(const Region& region, uint64_t index, Origin origin) {
   Cell& cell = region.cells[index];
   if (!is_written(region, cell))
-    fault_pc(pc, "uninitialised", "read of %s, which nobody has written",
+    fault_at(origin, "uninitialised", "read of %s, which nobody has written",
              describe(region, region.base + index * region.granule).text);
   Stamp now = stamp_now(memory_of(region));
-  check_after_write(region, index, false, now, pc);
+  check_after_write(region, index, false, now, origin);
   remember_read(cell, now);
 }
 
@@ -117,12 +129,12 @@ static bool conflicts_with_reads(const Region& region, const Cell& cell, const S
   return (cell.many_threads && past.step == now.step) || !ordered(past, now);
 }
 
-void check_write(const Region& region, uint64_t index, uintptr_t pc) {
+void check_write(const Region& region, uint64_t index, Origin origin) {
   Cell& cell = region.cells[index];
   Stamp now = stamp_now(memory_of(region));
-  check_after_write(region, index, true, now, pc);
+  check_after_write(region, index, true, now, origin);
   if (conflicts_with_reads(region, cell, now))
-    fault_race(region, index, true, cell.read, "read", pc);
+    fault_race(region, index, true, cell.read, "read", origin);
   cell = Cell{now, Stamp{}, false, false, false};
 }
 

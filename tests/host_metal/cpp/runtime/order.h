@@ -23,8 +23,8 @@ void begin_threadgroup(unsigned index);
 void order_threadgroup(unsigned flags);
 void order_simdgroup(unsigned simdgroup, unsigned flags);
 
-void check_read(const Region& region, uint64_t cell, uintptr_t pc);
-void check_write(const Region& region, uint64_t cell, uintptr_t pc);
+void check_read(const Region& region, uint64_t cell, Origin origin);
+void check_write(const Region& region, uint64_t cell, Origin origin);
 
 void mark_written(Region& region);  // before the launch, by init_value
 uint64_t count_unwritten(const Region& region, uint64_t& first);

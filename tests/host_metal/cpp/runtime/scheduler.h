@@ -4,8 +4,6 @@
 
 namespace hm {
 
-constexpr unsigned MAX_THREADS = 1024;
-
 struct Launch {
   unsigned grid[3];         // in threads, as MLX counts it
   unsigned threadgroup[3];  // the full size; the last threadgroups of a ragged grid are smaller

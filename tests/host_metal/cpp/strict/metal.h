@@ -232,6 +232,38 @@ HM_SHUFFLE(simd_shuffle) HM_SHUFFLE(simd_broadcast) HM_SHUFFLE(simd_shuffle_xor)
 HM_SHUFFLE(simd_shuffle_up) HM_SHUFFLE(simd_shuffle_down)
 HM_SHUFFLE(simd_shuffle_rotate_up) HM_SHUFFLE(simd_shuffle_rotate_down)
 
+// Fragments are parameters by reference here: without generic pointers clang copies no struct.
+template <class T, int Columns, int Rows = Columns>
+struct simdgroup_matrix {
+  static_assert(Columns == 8 && Rows == 8 && is_floating_point_v<T>,
+                "simdgroup_matrix: 8x8 of half, bfloat or float");
+  simdgroup_matrix() = default;
+  thread vec<T, 2>& thread_elements();
+  vec<T, 2> elements;
+};
+template <class T>
+using fragment = thread simdgroup_matrix<T, 8, 8>;
+template <class T>
+using const_fragment = const thread simdgroup_matrix<T, 8, 8>;
+template <class T, int Columns, int Rows = Columns>
+simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T);
+#define HM_FRAGMENT_IN(SPACE)                                                                   \
+  template <class T>                                                                            \
+  void simdgroup_load(fragment<T>&, const SPACE T*, ulong = 8, ulong2 = ulong2{0, 0},           \
+                      bool = false);                                                            \
+  template <class T>                                                                            \
+  void simdgroup_store(const_fragment<T>&, SPACE T*, ulong = 8, ulong2 = ulong2{0, 0},          \
+                       bool = false);
+HM_FRAGMENT_IN(device) HM_FRAGMENT_IN(threadgroup)
+template <class D, class A, class B, class C>
+void simdgroup_multiply_accumulate(fragment<D>&, const_fragment<A>&, const_fragment<B>&,
+                                   const_fragment<C>&);
+template <class D, class A, class B>
+void simdgroup_multiply(fragment<D>&, const_fragment<A>&, const_fragment<B>&);
+typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
+typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
+typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
+
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
 void threadgroup_barrier(mem_flags) __attribute__((convergent));
@@ -260,6 +292,12 @@ using metal::as_type;
 #define uint2(...) metal::make<metal::uint2>(__VA_ARGS__)
 #define uint3(...) metal::make<metal::uint3>(__VA_ARGS__)
 #define uint4(...) metal::make<metal::uint4>(__VA_ARGS__)
+#define long2(...) metal::make<metal::long2>(__VA_ARGS__)
+#define long3(...) metal::make<metal::long3>(__VA_ARGS__)
+#define long4(...) metal::make<metal::long4>(__VA_ARGS__)
+#define ulong2(...) metal::make<metal::ulong2>(__VA_ARGS__)
+#define ulong3(...) metal::make<metal::ulong3>(__VA_ARGS__)
+#define ulong4(...) metal::make<metal::ulong4>(__VA_ARGS__)
 #define half2(...) metal::make<metal::half2>(__VA_ARGS__)
 #define half3(...) metal::make<metal::half3>(__VA_ARGS__)
 #define half4(...) metal::make<metal::half4>(__VA_ARGS__)

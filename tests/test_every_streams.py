@@ -1,0 +1,84 @@
+"""Streams over models whose layers have caches of several kinds: copied, saved, gone on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from every import tiny
+from mlx_lm.generate import generate_step
+
+from mlx_sink import CacheError, SessionError, SinkConfig, attach, session
+from mlx_sink.loop import Loop, Sampling
+
+KINDS = {
+    "deepseek_v3": "latent keys",
+    "falcon_h1": "a state and a ring in one layer",
+    "gemma3n": "layers that lend their keys",
+    "gemma3_text": "windows of the model's own",
+    "gpt_oss": "learned sinks",
+    "llama4": "chunked attention",
+    "longcat_flash": "two rings in one layer",
+    "nemotron-nas": "a layer without keys",
+    "qwen3_next": "recurrent layers",
+}
+WHOSE = {"model": "a", "tokenizer": "b"}
+
+each_kind = pytest.mark.parametrize("name", KINDS, ids=[f"{n}: {k}" for n, k in KINDS.items()])
+
+
+def loop_over(name: str) -> tuple[nn.Module, Loop]:
+    model = tiny(name)
+    attach(model, SinkConfig(3, 10, epoch=17))
+    return model, Loop(model, model.make_cache(), key=mx.random.key(0))
+
+
+def read(loop: Loop, n: int, seed: int) -> None:
+    loop.read(np.random.default_rng(seed).integers(0, 60, n).tolist(), 7)
+
+
+def write(loop: Loop, n: int) -> list[int]:
+    tokens = loop.tokens(Sampling())
+    return [next(tokens)[0] for _ in range(n)]
+
+
+@each_kind
+def test_a_fork_goes_its_own_way(name: str):
+    """Neither may write into what the other one holds."""
+    _, loop = loop_over(name)
+    read(loop, 40, 0)
+    fork, other = loop.fork(), loop.fork()
+    read(other, 30, 1)
+    expected = write(loop, 20)
+    assert write(fork, 20) == expected
+
+
+@each_kind
+def test_a_saved_stream_goes_on(name: str, tmp_path: Path):
+    model, loop = loop_over(name)
+    read(loop, 40, 0)
+    session.save(tmp_path / "s", loop, None, WHOSE, {})
+    expected = write(loop, 20)
+    restored = session.resume(tmp_path / "s", model, WHOSE).loop
+    assert restored.position == 40
+    assert write(restored, 20) == expected
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "longcat_flash", "deepseek_v3", "qwen3_next"])
+def test_mlx_lms_own_quantisation_is_refused(name: str):
+    """It would be ignored, silently, for caches in groups."""
+    model, _ = loop_over(name)
+    with pytest.raises(CacheError, match="instead of mlx-lm"):
+        next(generate_step(mx.arange(9), model, kv_bits=8, quantized_kv_start=0))
+
+
+def test_a_session_of_other_caches_is_refused(tmp_path: Path):
+    _, loop = loop_over("gemma3_text")
+    read(loop, 20, 0)
+    session.save(tmp_path / "s", loop, None, WHOSE, {})
+    model, _ = loop_over("qwen3_next")
+    with pytest.raises(SessionError, match="does not fit the model"):
+        session.resume(tmp_path / "s", model, WHOSE)
