@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mlx_sink
+from mlx_sink import convert
 from mlx_sink.generate import main, parser
 
 ROOT = Path(__file__).parents[1]
@@ -29,12 +30,13 @@ def test_python_examples_run(capsys: pytest.CaptureFixture[str]):
 
 
 def test_commands_are_understood():
-    """Every flag of every generate command in the README exists."""
+    """Every flag of every generate and convert command in the README exists."""
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
-    commands = re.findall(r"python -m mlx_sink\.generate (.*)", text)
-    assert commands
-    for command in commands:
-        parser().parse_args(shlex.split(command, comments=True))
+    for name, its_parser in (("generate", parser), ("convert", convert.parser)):
+        commands = re.findall(rf"python -m mlx_sink\.{name} (.*)", text)
+        assert commands
+        for command in commands:
+            its_parser().parse_args(shlex.split(command, comments=True))
 
 
 def test_scripts_exist_and_are_named():
