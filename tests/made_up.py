@@ -158,6 +158,29 @@ class Absent(Attention):
         return mx.repeat(v, 2, axis=1) if self.layer else super().attend(q, k, v, mask, cache)
 
 
+class Swapped(Attention):
+    """Keeps keys in the place of the values, as latent attention keeps its rotated part."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        if cache is not None:
+            v, k = cache.update_and_fetch(v, k)
+        return self.multiply(q, k, v, mask, cache)
+
+
+class Places(Attention):
+    """The same rotation, in the first layer at the end of a head and in the last at its start."""
+
+    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
+        still = 0 if self.layer else 4
+
+        def rotated(x: mx.array) -> mx.array:
+            options = {"traditional": True, "base": 9.0, "scale": 1.0}
+            moved = mx.fast.rope(x[..., still:], 4, offset=position, **options)
+            return mx.concatenate([x[..., :still], moved], axis=-1)
+
+        return rotated(q), rotated(k)
+
+
 class KeysAfter(Attention):
     """The keys are scaled after they were fetched: all of them alike, so nothing depends on it."""
 
@@ -203,6 +226,8 @@ KEEPS = [
     Still,
     EveryOther,
     Absent,
+    Swapped,
+    Places,
     KeysAfter,
     Feeder,
     Shares,
@@ -328,7 +353,19 @@ class Twice(Attention):
     def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
         if cache is not None:
             cache.update_and_fetch(k, v)
-        return super().attend(q, k, v, mask, cache)
+        return super().attend(q, k, v, None if q.shape[2] == 1 else "causal", cache)
+
+
+class Fickle(Attention):
+    """Looks at what its cache holds in the first two calls only."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        calls = vars(self).get("calls", 0)
+        object.__setattr__(self, "calls", calls + 1)
+        if calls < 2:
+            return super().attend(q, k, v, mask, cache)
+        cache.update_and_fetch(k, v)
+        return mx.repeat(v, 2, axis=1)
 
 
 class NoKeys(Attention):
@@ -411,6 +448,23 @@ class SharesAlone(Shares):
     scores = OwnProducts.scores
 
 
+class SharesOnce(Shares):
+    """The first layer multiplies its keys itself, the last one leaves it to mlx-lm's function."""
+
+    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        own = FastProducts if self.layer == 0 else Attention
+        return own.multiply(self, q, k, v, mask, cache)
+
+
+class SharesMasked(Shares):
+    """Shares keys, under a mask of its own."""
+
+    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        if mask is not None:
+            mask = mx.array(mask) & True
+        return super().multiply(q, k, v, mask, cache)
+
+
 class AsksWindow(Attention):
     """Asks a cache that has no window for the mask of one."""
 
@@ -437,7 +491,8 @@ BREAKS: dict[type[Attention], str] = {
     Turned: "its position embedding is not a fixed rotation: it changes with the position",
     TwoRopes: "a layer has more than one position embedding",
     Forgetful: CALLS,
-    Twice: "its forward pass fails with a bounded cache (ValueError: ",
+    Twice: "keys are not taken in once for each call (layer 0)",
+    Fickle: "layer 0 does not attend to the keys it keeps",
     NoKeys: "attention was called with keys of another layer or call",
     Hoarder: PLAIN,
     Counting: CALLS,
@@ -447,6 +502,8 @@ BREAKS: dict[type[Attention], str] = {
     Fails: "its forward pass fails with a bounded cache (AttributeError: 'WatchedCache'",
     FailsLater: CHECK[:-2] + " (ValueError: too long:)",
     SharesAlone: CHECK[:-2] + " (ValueError: ",
+    SharesOnce: "layer 0 does not attend to the keys it keeps",
+    SharesMasked: "it multiplies queries and keys in a way that is not known (layer 0)",
     AsksWindow: "the model wants a window of 5 tokens for this layer",
 }
 """What does not keep the contract, and how the line begins with which it is refused."""

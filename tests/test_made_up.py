@@ -176,6 +176,17 @@ def test_a_model_file_that_comes_with_the_weights():
     assert refusal(module.Model(module.Alibi)).startswith(CHECK_LINE)
 
 
+def test_parts_whose_bases_are_of_another_module():
+    """What runs is defined there, and is hooked there."""
+    spec = importlib.util.spec_from_file_location("elsewhere", Path(made_up.__file__))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = type("Model", (module.Model,), {})(type("Own", (module.Attention,), {}))
+    report = attach(model, CONFIG)
+    assert {layer.attention for layer in report.layers} == {"mlx_sink"}
+    assert getattr(getattr(module, HOOKED), MARK)
+
+
 def test_what_is_derived_from_a_model_of_mlx_lm():
     """Its attention is llama's, and hooked there; but nobody knows what else it does."""
 

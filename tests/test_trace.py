@@ -277,6 +277,26 @@ def test_functions_with_a_rotation_inside_are_restored_too():
     assert "rope" in {layer.positions for layer in report.layers}
 
 
+def test_rotations_inside_of_other_functions_are_seen(monkeypatch: pytest.MonkeyPatch):
+    """On Metal the kernel rotates itself, and `mx.fast.rope` is never called in those layers."""
+    model = tiny("muse_spark")
+    known = attach(model, CONFIG), [cache.rotation for cache in model.make_cache()]
+    fused = muse_spark.qk_norm_rope
+
+    def silent(*args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(mx.fast, "rope", ROPE)
+            return fused(*args, **options)
+
+    monkeypatch.setattr(muse_spark, "qk_norm_rope", silent)
+    report, rotations = attach(model, CONFIG), [c.rotation for c in model.make_cache()]
+    assert str(report) == str(known[0])
+    assert not all(rotation.is_identity for rotation in rotations)
+    for ours, theirs in zip(rotations, known[1], strict=True):
+        assert np.array_equal(ours.frequencies, theirs.frequencies)
+        assert (ours.interleaved, ours.start) == (theirs.interleaved, theirs.start)
+
+
 def test_a_rope_that_fails_restores_too():
     def fails(x: mx.array, offset: int) -> mx.array:
         raise ZeroDivisionError
