@@ -17,6 +17,7 @@
 #endif
 #define M_LOG2E_F 1.44269504088896340736F
 
+typedef unsigned char uchar;
 typedef unsigned int uint;
 typedef unsigned short ushort;
 

@@ -3,7 +3,7 @@
 // bias are those of group e / GS.
 template <typename T, int BITS, int GS>
 struct SinkRows {
-  const device T* sinks;  // rows 0 to split - 1
+  const device T* sinks;     // rows 0 to split - 1
   const device uint* words;  // these, and what follows, of the rows from `split` on
   const device T* scales;
   const device T* biases;
@@ -58,7 +58,8 @@ METAL_FUNC void load_elements(
   constexpr int BYTES = E * BITS / 8 < 4 ? E * BITS / 8 : 4;
   constexpr int EACH = BYTES * 8 / BITS;  // elements of a unit
   using U = typename Unit<BYTES>::type;
-  const device U* units = reinterpret_cast<const device U*>(rows.words_here + row * rows.words_row);
+  const device U* units =
+      reinterpret_cast<const device U*>(rows.words_here + row * rows.words_row);
   const float scale = static_cast<float>(rows.scales_here[row * rows.scales_row + at / GS]);
   const float bias = static_cast<float>(rows.biases_here[row * rows.biases_row + at / GS]);
   for (int i = 0; i < E / EACH; ++i) {

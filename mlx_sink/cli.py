@@ -6,9 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mlx_sink.config import DEFAULT_NUM_SINKS, DEFAULT_WINDOW, NUM_DRAFT_TOKENS
+from mlx_sink.config import (
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_NUM_SINKS,
+    DEFAULT_WINDOW,
+    NUM_DRAFT_TOKENS,
+)
 from mlx_sink.errors import OutputError, SinkError
 
 STATUS_ERROR = 2
@@ -54,6 +59,28 @@ def add_sink_options(parser: argparse.ArgumentParser) -> None:
         help=f"newest tokens that stay visible (default: {DEFAULT_WINDOW}, or as many as the "
         "model's trained context holds)",
     )
+
+
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of quantised rings, spelled as mlx-lm spells them."""
+    kinds = (("kv", "keys and values"), ("k", "keys alone"), ("v", "values alone"))
+    for name, what in kinds:
+        parser.add_argument(
+            f"--{name}-bits",
+            type=int,
+            help=f"bits to quantise the cache's {what} to, 8 or 4 (default: the model's dtype)",
+        )
+    parser.add_argument(
+        "--kv-group-size",
+        type=int,
+        default=DEFAULT_GROUP_SIZE,
+        help=f"elements that share a scale: 32, 64 or 128 ({DEFAULT_GROUP_SIZE})",
+    )
+
+
+def kv_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say, as `SinkConfig` takes it."""
+    return {name: getattr(args, name) for name in ("kv_bits", "k_bits", "v_bits", "kv_group_size")}
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 Checks every common specialisation anew, whatever verdict was kept, and times one decode step of
 one attention layer, and on Metal a chunk that is read. Without Metal it times what serves there.
+With ``--kv-bits`` it does so for quantised rings, and for the heads that the group size divides.
 What use has found about other specialisations (learned sinks, unusual heads) is in the verdicts
 that were kept, which it lists.
 """
@@ -15,7 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,9 +27,11 @@ from mlx_sink import cli, reference
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.kernels import decode, prefillcheck, selfcheck, source
+from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.selfcheck import Specialisation
 from mlx_sink.ring import Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
+from mlx_sink.storage import Packed, packed
 
 PROG = "python -m mlx_sink.doctor"
 DESCRIPTION = (
@@ -87,9 +90,15 @@ def measure(spec: Specialisation, config: SinkConfig, *, rounds: int, kernel: bo
         )
     )
     scale = spec.head_dim**-0.5
-    tables = decode.tables_of(layout, block, rotation)
+    tables = decode.tables_of(layout, block, rotation, packed=spec.packed is not None)
+    held: tuple[Packed, Packed] | None = None
+    if spec.packed is not None:
+        k_bits, v_bits, size = spec.packed
+        held = packed(k, S, k_bits, size), packed(v, S, v_bits, size)
 
     def by_kernel(q: mx.array) -> mx.array:
+        if held is not None:
+            return decode_packed(q, *held, tables, scale=scale)
         return decode.decode(q, k, v, tables, scale=scale)
 
     def by_ops(q: mx.array) -> mx.array:
@@ -98,7 +107,8 @@ def measure(spec: Specialisation, config: SinkConfig, *, rounds: int, kernel: bo
             turn: rotation.turn(still, layout.turns(turn), key=turn) if turn else still
             for turn in Turn
         }
-        return reference.attend(queries, k, v, block, W)
+        keys, values = (k, v) if held is None else (x.expanded() for x in held)
+        return reference.attend(queries, keys, values, block, W)
 
     def by_sdpa(q: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -151,9 +161,13 @@ def examine(
     """
     available = source.is_available()
     kernels: list[dict[str, Any]] = []
+    (k_bits, v_bits), size = config.bits, config.kv_group_size
     kinds = list(itertools.product(dtypes, head_dims, groups, queries))
     for dtype, head_dim, group, n in tqdm(kinds, desc="checking", unit="kernel", leave=False):
-        spec = Specialisation(*(DTYPES[dtype], group, head_dim, head_dim, n, head_dim, False))
+        spec = Specialisation(
+            *(DTYPES[dtype], group, head_dim, head_dim, n, head_dim, False),
+            packed=None if k_bits is None or v_bits is None else (k_bits, v_bits, size),
+        )
         verdict = selfcheck.check(spec) if available else None
         ran = verdict is not None and verdict.error is not None
         times = measure(spec, config, rounds=rounds, kernel=ran)
@@ -277,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if a kernel is wrong on this machine."""
     p = cli.Parser(prog=PROG, description=DESCRIPTION)
     cli.add_sink_options(p)
+    cli.add_kv_options(p)
     available = source.is_available()
     common = {"dtype": ("float16", "bfloat16"), "head_dim": HEAD_DIMS, "group": GROUPS}
     p.set_defaults(**(common if available else FEW))
@@ -301,7 +316,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         most = decode.MAX_QUERIES
         raise ConfigError(f"--queries must be at most {most}, got {max(args.queries)}")
     config = SinkConfig.for_context(None, args.num_sinks, args.window)
-    kinds = (args.dtype, args.head_dim, args.group)
+    config = replace(config, **cli.kv_settings(args))
+    size = config.kv_group_size if config.bits[0] else 1
+    head_dims = [dim for dim in args.head_dim if dim % size == 0]
+    if not head_dims:
+        raise ConfigError(f"--kv-group-size {size} divides none of --head-dim {args.head_dim}")
+    kinds = (args.dtype, head_dims, args.group)
     found = examine(*kinds, config, args.rounds, args.queries)
     cli.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
     rows = [*found["kernels"], *found["prefill"]]

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
     p.add_argument("--chat-template-config", help="variables of the chat template, as JSON")
     cli.add_sink_options(p)
+    cli.add_kv_options(p)
     p.add_argument(
         "--pin-system-prompt",
         action="store_true",
@@ -102,7 +103,8 @@ class _Run:
             num_sinks = max(self.prompt.system, num_sinks or 0)
         config = SinkConfig.for_context(context, num_sinks, args.window)
         config.check_context(context)
-        config = replace(config, rollback=_num_draft_tokens(args) if args.draft_model else 0)
+        rollback = _num_draft_tokens(args) if args.draft_model else 0
+        config = replace(config, rollback=rollback, **cli.kv_settings(args))
         return attach(self.model, config)
 
     def _load_draft(self) -> nn.Module | None:
@@ -273,6 +275,7 @@ def _check(args: argparse.Namespace) -> None:
     SinkConfig(
         num_sinks=0 if args.num_sinks is None else args.num_sinks,
         window=1 if args.window is None else args.window,
+        **cli.kv_settings(args),
     )
     sampling.check(args)
 

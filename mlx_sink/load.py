@@ -71,7 +71,8 @@ def load_draft(
     Args:
         path_or_repo: As in `load`.
         tokenizer: The model's tokenizer.
-        config: What the model keeps; the draft keeps as much of it as its own context holds.
+        config: What the model keeps; the draft keeps as much of it as its own context holds, and
+            never quantised: its cache is small.
         options: As in `load`.
 
     Raises:
@@ -87,7 +88,7 @@ def load_draft(
             f"the draft model's context of {context} tokens does not hold the "
             f"{config.num_sinks} sinks"
         )
-    attach(model, replace(config, window=window))
+    attach(model, replace(config, window=window, kv_bits=None, k_bits=None, v_bits=None))
     return model
 
 

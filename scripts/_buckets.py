@@ -16,7 +16,10 @@ NAMES = {
     "window": "window, no sinks",
     "recompute": "recompute (sampled)",
     "ours": "mlx_sink",
+    "bits8": "mlx_sink, 8 bits",
+    "bits4": "mlx_sink, 4 bits",
 }
+QUANTISED = ("bits8", "bits4")
 # A palette that people with any colour vision can tell apart (Okabe and Ito, 2008).
 STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#999999"},
@@ -30,6 +33,8 @@ STYLES: dict[str, dict[str, Any]] = {
         "zorder": 3,
     },
     "ours": {"color": "#009e73", "linewidth": 3},
+    "bits8": {"color": "#56b4e9", "linestyle": "--", "zorder": 3},
+    "bits4": {"color": "#cc79a7", "linestyle": "--", "zorder": 3},
 }
 
 
@@ -112,7 +117,19 @@ def table(result: dict[str, Any]) -> str:
             f"the same {same['count']} tokens, all past the first eviction: mlx_sink "
             f"{same['ours']:.4f}, recompute {same['recompute']:.4f}, ratio {same['ratio']:.4f}"
         )
+    lines += [against(arms[n], arms["ours"], n) for n in QUANTISED if n in arms and "ours" in arms]
     return "\n".join(lines)
+
+
+def against(arm: dict[str, Any], ours: dict[str, Any], name: str) -> str:
+    """Say how much more loss a quantised ring has than a plain one, and how many bytes less."""
+    more = [
+        f"{short(b['from'])}-{short(b['to'])} {b['loss'] / a['loss'] - 1:+.3%}"
+        for a, b in zip(ours["buckets"], arm["buckets"], strict=True)
+    ]
+    size = f"{arm['cache_bytes']} bytes a stream, {arm['cache_bytes'] / ours['cache_bytes']:.1%}"
+    whole = f"loss {arm['loss'] / ours['loss'] - 1:+.3%} in all"
+    return f"{NAMES[name]} against mlx_sink: {size}; {whole}; {', '.join(more)}"
 
 
 def short(n: int) -> str:

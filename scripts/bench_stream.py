@@ -90,6 +90,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32", help="type of weights and cache")
     add("--seed", type=int, default=0, help="seed of the weights and tokens")
     add("--num-sinks", type=int, default=4, help="sinks, and mlx-lm's keep")
+    add("--rollback", type=int, default=0, help="spare slots of ours")
+    add("--kv-bits", type=int, help="bits that ours is quantised to")
     add("--windows", type=int, nargs="+", default=[256, 1024, 4096], help="windows for decode")
     add("--window", type=int, default=1024, help="window for the other sections")
     add("--steps", type=int, default=200, help="decoded tokens that are timed, each side")
@@ -129,7 +131,7 @@ def bench_position(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]
     Late positions are injected: time does not depend on what the keys hold. A window that
     spans two epochs has one range of keys more, so it is timed as well.
     """
-    config = SinkConfig(args.num_sinks, args.window)
+    config = ours_of(args, args.window)
     attach(model, config)
     early = max(EARLY, config.capacity)
     result: dict[str, Any] = {"window": config.window, "early": early}
@@ -159,7 +161,7 @@ def bench_decode(model: nn.Module, args: argparse.Namespace) -> list[dict[str, A
     """Compare decoding over full caches of the same capacity."""
     results: list[dict[str, Any]] = []
     for window in args.windows:
-        config = SinkConfig(args.num_sinks, window)
+        config = ours_of(args, window)
         attach(model, config)
         # One past the capacity, so that both rings have wrapped.
         ours = filled(model, config, config.capacity + 1)
@@ -179,7 +181,7 @@ def bench_decode(model: nn.Module, args: argparse.Namespace) -> list[dict[str, A
 
 def bench_prefill(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     """Compare a prefill in chunks: one layer's attention alone, and the whole model."""
-    config = SinkConfig(args.num_sinks, args.window)
+    config = ours_of(args, args.window)
     attach(model, config)
     result: dict[str, Any] = {"window": config.window, "tokens": args.prefill, "chunk": args.chunk}
 
@@ -291,11 +293,16 @@ def reader(model: nn.Module, caches: list[Any], text: mx.array, chunk: int) -> C
 
 def bench_bytes(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     """Hold the report's bytes against those of full caches."""
-    config = SinkConfig(args.num_sinks, args.window)
+    config = ours_of(args, args.window)
     report = attach(model, config)
     held = sum(cache.nbytes for cache in filled(model, config, config.capacity + 1))
     say(f"bytes of cache: {held}, reported {report.nbytes}")
     return {"reported": report.nbytes, "held": held, "equal": held == report.nbytes}
+
+
+def ours_of(args: argparse.Namespace, window: int) -> SinkConfig:
+    """Return the settings of our side."""
+    return SinkConfig(args.num_sinks, window, rollback=args.rollback, kv_bits=args.kv_bits)
 
 
 def filled(model: nn.Module, config: SinkConfig, tokens: int) -> list[SinkCache]:

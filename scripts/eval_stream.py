@@ -8,7 +8,8 @@ BOS. Five arms read the same tokens: `full` (mlx-lm's growing cache), `rotating`
 `RotatingKVCache(max_size=capacity, keep=num_sinks)`, token by token as in decoding: its mask hides
 the sinks in larger chunks), `window` (ours without sinks, same capacity), `recompute` (the
 unmodified model on the visible tokens alone, from position 0, for every k-th token) and `ours`.
-A whole book: `--streams 1 --arms ours`.
+A whole book: `--streams 1 --arms ours`. Two more arms, on demand, are ours with a quantised ring:
+`--arms ours bits8 bits4`.
 
 On Linux, mlx's wheel brings a slow BLAS: preload a tuned one, as in
 `LD_PRELOAD=.../libopenblas.so.0 OPENBLAS_NUM_THREADS=2 python scripts/eval_stream.py ...`.
@@ -20,6 +21,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from tqdm import tqdm
 from mlx_sink import SinkConfig, SinkError, attach, load
 
 ARMS = ("full", "rotating", "window", "recompute", "ours")
+BITS = {"bits8": 8, "bits4": 4}
 RECOMPUTE_LOGITS = 1 << 26
 """Logits that the oracle computes at once: a model returns those of every token it is fed."""
 
@@ -82,7 +85,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--streams", type=int, default=1, help="streams that the text is cut into")
     add("--num-sinks", type=int, default=4, help="sinks, and mlx-lm's keep")
     add("--window", type=int, default=1024, help="window, own token included")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to measure")
+    arms = [*ARMS, *BITS]
+    add("--arms", nargs="+", choices=arms, default=list(ARMS), help="what to measure")
+    add("--kv-group-size", type=int, default=64, help="of the quantised arms")
     add("--chunk", type=int, default=128, help="tokens fed at once")
     add("--rotating-chunk", type=int, default=1, help="the same for the rotating arm")
     add("--full-tokens", type=int, help="where the full arm stops: its cost grows with position")
@@ -149,7 +154,9 @@ def measure(
             stop = args.full_tokens if name == "full" else None
             losses[name] = stream(model, config, name, inputs[:, :stop], targets[:, :stop], args)
             positions = np.arange(losses[name].shape[1])
-        arm = {"seconds": round(time.perf_counter() - start, 2)}
+        arm: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2)}
+        if name in ("ours", "window", *BITS):
+            arm["cache_bytes"] = attach(model, config_of(name, config, args)).nbytes
         result["arms"][name] = arm | summary(losses[name], positions, edges)
     if {"ours", "recompute"} <= losses.keys():
         # Before anything is evicted the two do the same, which would flatter the ratio.
@@ -157,6 +164,13 @@ def measure(
         ours, oracle = losses["ours"][:, sampled[late]], losses["recompute"][:, late]
         result["same_tokens"] = same_tokens(ours, oracle)
     return result
+
+
+def config_of(arm: str, config: SinkConfig, args: argparse.Namespace) -> SinkConfig:
+    """Return the settings of one of our arms."""
+    if arm == "window":
+        return SinkConfig(0, config.capacity)
+    return replace(config, kv_bits=BITS.get(arm), kv_group_size=args.kv_group_size)
 
 
 def stream(
@@ -173,7 +187,7 @@ def stream(
     elif arm == "rotating":
         caches = rotating_caches(model, config.capacity, config.num_sinks)
     else:
-        attach(model, config if arm == "ours" else SinkConfig(0, config.capacity))
+        attach(model, config_of(arm, config, args))
         caches = model.make_cache()
     chunk = args.rotating_chunk if arm == "rotating" else args.chunk
     losses = np.empty(inputs.shape, np.float32)

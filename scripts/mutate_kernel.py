@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import _prefill_mutations
@@ -55,6 +55,7 @@ class Mutation:
 
 
 COMMON, PASS_1, PASS_2 = "decode_common", "decode", "decode_merge"
+PLAIN, PACKED, ROWS = "decode_plain", "decode_packed", "packed_rows"
 
 # fmt: off
 MUTATIONS = [
@@ -109,16 +110,15 @@ MUTATIONS = [
              "any_number", "out-of-bounds"),
     Mutation("rows beyond the last stored", PASS_1, "if (row < R)", "if (true)",
              "any_number", "out-of-bounds"),
-    Mutation("values found by the strides of keys", PASS_1, "hk * size_t(v_strides[1])",
+    Mutation("values found by the strides of keys", PLAIN, "hk * size_t(v_strides[1])",
              "hk * size_t(k_strides[1])", "values_of", "out-of-bounds"),
-    Mutation("sequences taken for contiguous", PASS_1, "b * size_t(k_strides[0])",
+    Mutation("sequences taken for contiguous", PLAIN, "b * size_t(k_strides[0])",
              "b * size_t(threadgroups_per_grid.y * k_strides[1])", "strided"),
-    Mutation("rows taken for contiguous", PASS_1, "v_row = int(v_strides[2])", "v_row = DV",
-             "strided"),
+    Mutation("rows taken for contiguous", PLAIN, "values.row = int(v_strides[2])",
+             "values.row = DV", "strided"),
     Mutation("elements of a row taken for neighbours", COMMON, "if (step != 1)", "if (false)",
              "strided[dims0-2-every"),
-    Mutation("staged rows taken for neighbours", PASS_1, "c % (D / 4) * 4 * k_step",
-             "c % (D / 4) * 4", "strided[dims0-16-every"),
+    Mutation("elements found as if neighbours", COMMON, "at * rows.step", "at", "strided"),
     Mutation("kv head ignored", PASS_1, "threadgroups_per_grid.y + size_t(hk)",
              "threadgroups_per_grid.y + size_t(0)", "queries", "race"),
     Mutation("a tile overwritten while others read it", PASS_1,
@@ -147,18 +147,43 @@ MUTATIONS = [
     Mutation("last row not stored", PASS_1, "if (row < R)", "if (row < R - 1)", "any_number",
              "unwritten-output"),
     Mutation("staged tiles taken for device memory", PASS_1,
-             "const threadgroup T* v_staged", "const device T* v_staged", "head_dims", "strict"),
+             "v_staged.here = reinterpret_cast<const threadgroup T*>",
+             "v_staged.here = reinterpret_cast<const device T*>", "head_dims", "strict"),
     Mutation("slices merged under one maximum", PASS_1,
              "theirs = fast::exp2(given_ml[from * 2] - m)", "theirs = mine", "head_dims"),
     Mutation("splits' sums not rescaled", PASS_2, "from[DV + 1] * fade", "from[DV + 1]",
              "queries"),
     Mutation("splits' outputs not rescaled", PASS_2, "from[lane + 32 * i] * fade",
              "from[lane + 32 * i]", "queries"),
+    Mutation("low bits of a word taken for the high ones", ROWS, "unit >> (j * BITS)",
+             "unit >> ((EACH - 1 - j) * BITS)", "head_dims"),
+    Mutation("a bit too many", ROWS, "(1u << BITS) - 1u", "(1u << (BITS + 1)) - 1u", "head_dims"),
+    Mutation("bias left out", ROWS, "static_cast<float>(q) + bias", "static_cast<float>(q)",
+             "head_dims"),
+    Mutation("scale of the first group", ROWS, "scales_row + at / GS", "scales_row", "head_dims"),
+    Mutation("bias of the next row", ROWS, "rows.biases_here[row *",
+             "rows.biases_here[(row + 1) *", "head_dims"),
+    Mutation("units counted as elements", ROWS, "units[at / EACH + i]", "units[at + i]",
+             "head_dims"),
+    Mutation("sinks read from the ring", ROWS, "row >= size_t(rows.split)",
+             "row + 1 >= size_t(rows.split)", "states"),
+    Mutation("ring counted from the first sink", ROWS, "row - size_t(rows.split)", "row",
+             "states"),
+    Mutation("sinks all alike", ROWS, "rows.sinks_here + row * rows.sinks_row", "rows.sinks_here",
+             "dtypes"),
+    Mutation("packed sequences taken for contiguous", PACKED, "b * size_t(k_words_strides[0])",
+             "b * size_t(threadgroups_per_grid.y * k_words_strides[1])", "strided"),
+    Mutation("scales found by the strides of words", PACKED,
+             "values.scales_row = int(v_scales_strides[2])",
+             "values.scales_row = int(v_words_strides[2])", "head_dims"),
+    Mutation("values unpacked as keys", PACKED, "SinkRows<T, VBITS, GS> values",
+             "SinkRows<T, KBITS, GS> values", "dtypes_and_bits"),
     Mutation("last dimensions not merged", PASS_2,
              "lane + 32 * i < DV) {\n      o[i]", "lane + 32 * i < DV - 1) {\n      o[i]",
              "queries"),
 ]
 # fmt: on
+MUTATIONS = [replace(m, kernel="packed") if m.file in (PACKED, ROWS) else m for m in MUTATIONS]
 MUTATIONS += [Mutation(*m, kernel="prefill") for m in _prefill_mutations.MUTATIONS]
 
 

@@ -20,6 +20,7 @@ _TYPES = {
     mx.bfloat16: "__nv_bfloat16",
     mx.float32: "float",
     mx.int32: "int32_t",
+    mx.uint32: "uint32_t",
 }
 _HEADERS = """
 #include <cooperative_groups.h>

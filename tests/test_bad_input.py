@@ -78,6 +78,11 @@ SETTINGS = {
         ["--presence-context-size", "0"],
         ["--presence-context-size", "at least 1"],
     ),
+    "bits": (["--kv-bits", "3"], ["kv_bits", "8 or 4", "got 3"]),
+    "bits of values": (["--kv-bits", "8", "--v-bits", "2"], ["v_bits", "8 or 4", "got 2"]),
+    "bits of keys alone": (["--k-bits", "8"], ["k_bits alone", "kv_bits"]),
+    "group size": (["--kv-group-size", "16"], ["kv_group_size", "32, 64 or 128", "got 16"]),
+    "head_dim": (["--kv-bits", "8"], ["kv_group_size 64", "head_dim of 8", "leave kv_bits out"]),
     "drafts of nothing": (["--num-draft-tokens", "2"], ["--num-draft-tokens", "--draft-model"]),
     "no drafts": (
         ["--draft-model", "demo", "--num-draft-tokens", "0"],
@@ -166,10 +171,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "index broken": (_index([]), ["weight_map"]),
     "no tokenizer": (_remove("tokenizer.json"), ["cannot load"]),
     "tokenizer cut off": (_truncate("tokenizer.json", 100), ["cannot load"]),
-    "refused model": (
-        _edit_config(layer_types=["full_attention", "sliding_attention"], sliding_window=8),
-        ["llama is not supported", "layer 1"],
-    ),
     "refused positions": (
         _edit_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         ["llama is not supported", "not a fixed rotation"],

@@ -27,6 +27,18 @@ def test_defaults():
         ({"num_sinks": "4"}, "num_sinks must be an integer, got '4'"),
         ({"num_sinks": None}, "num_sinks must be an integer, got None"),
         ({"epoch": 0}, "epoch must be at least 1, got 0"),
+        ({"rollback": -1}, "rollback must be at least 0, got -1"),
+        ({"rollback": 1.0}, "rollback must be an integer, got 1.0"),
+        (
+            {"num_sinks": 1, "window": 2, "rollback": 3, "epoch": 5},
+            "epoch must be at least num_sinks + window + rollback (6), got 5",
+        ),
+        ({"kv_bits": 2}, "kv_bits must be 8 or 4, got 2"),
+        ({"kv_bits": True}, "kv_bits must be 8 or 4, got True"),
+        ({"kv_bits": "8"}, "kv_bits must be 8 or 4, got '8'"),
+        ({"kv_bits": 8, "v_bits": 16}, "v_bits must be 8 or 4, got 16"),
+        ({"k_bits": 8}, "k_bits alone is not supported: give kv_bits for the others"),
+        ({"kv_group_size": 16}, "kv_group_size must be 32, 64 or 128, got 16"),
         ({"epoch": 1.5}, "epoch must be an integer, got 1.5"),
         (
             {"num_sinks": 2, "window": 8, "epoch": 9},
@@ -57,11 +69,26 @@ def test_accepts_the_extremes(settings: tuple[int, ...]):
         (SinkConfig(1, 4096), 4097),
         (SinkConfig(4, 100_000), 100_004),
         (SinkConfig(1, 2, epoch=3), 3),
+        (SinkConfig(4, 4000, rollback=100), 4104),
     ],
 )
 def test_epoch_length_holds_the_capacity(config: SinkConfig, length: int):
     """A window that spans three epochs would have keys under no known turn."""
     assert config.epoch_length == length
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({}, (None, None)),
+        ({"kv_bits": 8}, (8, 8)),
+        ({"kv_bits": 4, "k_bits": 8}, (8, 4)),
+        ({"kv_bits": 8, "v_bits": 4}, (8, 4)),
+        ({"k_bits": 4, "v_bits": 8}, (4, 8)),
+    ],
+)
+def test_bits_of_keys_and_of_values(settings: dict[str, int], bits: tuple[int | None, int | None]):
+    assert SinkConfig(**settings).bits == bits
 
 
 def test_is_frozen_and_comparable():
@@ -72,7 +99,15 @@ def test_is_frozen_and_comparable():
     assert len({config, SinkConfig(1, 2), SinkConfig(1, 3)}) == 2
 
 
-@pytest.mark.parametrize("config", [SinkConfig(), SinkConfig(0, 7), SinkConfig(2, 9, epoch=20)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SinkConfig(),
+        SinkConfig(0, 7),
+        SinkConfig(2, 9, epoch=20, rollback=3),
+        SinkConfig(kv_bits=8, v_bits=4, kv_group_size=32),
+    ],
+)
 def test_json_round_trip(config: SinkConfig):
     assert SinkConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

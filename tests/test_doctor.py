@@ -93,6 +93,17 @@ def test_what_use_has_found_is_listed(
 
 
 @pytest.mark.usefixtures("metal")
+def test_quantised_rings(capsys: pytest.CaptureFixture[str]):
+    options = ["--kv-bits", "8", "--v-bits", "4", "--kv-group-size", "32", "--json"]
+    sizes = ["--head-dim", "16", "32", "--group", "2", "--window", "20", "--rounds", "1"]
+    assert main([*sizes, *options, "--dtype", "float32", "--queries", "1"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["kernels"]
+    assert row["kernel"] == "decode-float32-d32-gqa2-n1-rope32-halves-k8v4g32"
+    assert row["passed"]
+    assert row["max_error"] < 2e-6
+
+
+@pytest.mark.usefixtures("metal")
 def test_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
     monkeypatch.setattr(selfcheck, "check", lambda spec: wrong)
@@ -126,6 +137,8 @@ def test_prefill_that_is_slow_or_wrong(
         (["--group", "17"], "--group must be at most 16, got 17"),
         (["--queries", "1", "9"], "--queries must be at most 8, got 9"),
         (["--window", "0"], "window must be at least 1"),
+        (["--kv-bits", "8", "--head-dim", "48", "80"], "--kv-group-size 64 divides none of"),
+        (["--kv-bits", "5"], "kv_bits must be 8 or 4, got 5"),
     ],
 )
 def test_bad_input(arguments: list[str], said: str):

@@ -16,11 +16,12 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from tiny import TOLERANCE, build
 
 import mlx_sink
-from mlx_sink import CacheError, InputError, SinkConfig, Stream, attach
+from mlx_sink import CacheError, ConfigError, InputError, SinkConfig, Stream, attach
 from mlx_sink.attach import make_cache
 from mlx_sink.choice import Sampling
 from mlx_sink.draft import Draft
 from mlx_sink.generate import main
+from mlx_sink.load import load_draft
 from mlx_sink.loop import Loop, Made
 
 S, W, E = 2, 7, 17
@@ -101,20 +102,28 @@ def test_any_draft_will_do(seed: int):
     assert all(0 <= mine.draft.acceptance <= 1 for mine in (same, other, smaller))
 
 
-def test_a_draft_with_more_words_than_the_model():
-    """Its guesses stay among the words that the model knows."""
-    model, draft = small(), small(vocab_size=90)
-    assert tokens(loop(model, draft), 80) == tokens(loop(model), 80)
-
-
 class Chain:
     """A model for which the next token depends on the newest alone."""
 
-    def __init__(self, seed: int):
-        self.logits = mx.random.normal((5, 5), key=mx.random.key(seed))
+    def __init__(self, seed: int, vocabulary: int = 5):
+        shape, key = (vocabulary, vocabulary), mx.random.key(seed)
+        self.logits = mx.random.normal(shape, key=key)
+        self.most = 0
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        self.most = max(self.most, tokens.max().item())
         return self.logits[tokens]
+
+
+@pytest.mark.parametrize("words", [3, 5, 8])
+def test_each_reads_only_words_that_it_knows(words: int):
+    """An index beyond the embedding reads anything, and MLX does not say so."""
+    model, draft = Chain(1), Chain(2, words)
+    mine = Loop(model, [], key=mx.random.key(1), draft=Draft(draft, [], 2))  # type: ignore[arg-type]
+    mine.read([0, 4, 2])
+    assert len(set(tokens(mine, 100, Sampling(make_sampler(1.0))))) == 5
+    assert model.most == 4
+    assert draft.most == min(words, 5) - 1
 
 
 def test_without_a_key_of_its_own_the_distribution_is_the_model_s():
@@ -254,6 +263,19 @@ def test_a_layer_that_cannot_take_tokens_back(
     monkeypatch.setattr(mlx_sink.SinkCache, "is_trimmable", lambda self: False)
     with pytest.raises(CacheError, match=r"the model cannot take tokens back.*layer 0 has a Sink"):
         Stream(model, tokenizer, draft_model=model, num_draft_tokens=2)
+
+
+def test_a_draft_keeps_what_its_own_context_holds(
+    folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+):
+    """It may be trained on less; and its ring is never quantised."""
+    short = make_folder(tmp_path_factory.mktemp("models") / "short", max_position_embeddings=16)
+    _, tokenizer = mlx_sink.load(folders[0])
+    config = SinkConfig(4, 40, rollback=3, kv_bits=8)
+    draft = load_draft(short, tokenizer, config)
+    assert draft.make_cache.config == SinkConfig(4, 12, rollback=3)
+    with pytest.raises(ConfigError, match="context of 16 tokens does not hold the 16 sinks"):
+        load_draft(short, tokenizer, SinkConfig(16, 20))
 
 
 def test_the_command(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
+import packed_case
 import pytest
 from cuda_unit import CudaKernel, nvcc, said_of
 from decode_case import Case, ring_at, run
 
 from mlx_sink.attention import sink_attention
 from mlx_sink.kernels import decode as kernel
+from mlx_sink.kernels import decode_packed as packed
 from mlx_sink.kernels import selfcheck, source
 from mlx_sink.ring import layout_of
 from mlx_sink.rope import Rotation
@@ -62,6 +64,19 @@ def test_compiles(case: Case, tmp_path: Path):
 
 
 @needs_nvcc
+@pytest.mark.parametrize("bits", [(8, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("name", ["float32", "bfloat16, staged tiles"])
+def test_a_quantised_ring_compiles(name: str, bits: tuple[int, int], tmp_path: Path):
+    packed.forget()
+    case = CASES[name]
+    packed_case.run(case, packed_case.quantised(case, bits, 32))
+    built = packed._pass_1()
+    assert isinstance(built, CudaKernel)
+    assert [said_of(text, tmp_path) for text in built.texts] == [""]
+    packed.forget()
+
+
+@needs_nvcc
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
@@ -78,7 +93,7 @@ def test_a_mistake_does_not_compile(good: str, bad: str, tmp_path: Path):
 
 def test_same_text_without_the_words_for_address_spaces():
     """Every one is gone, and shared variables are shared: all that differs from Metal's text."""
-    for name in kernel.TEXTS:
+    for name in {*kernel.TEXTS, *packed.TEXTS}:
         made = source.for_cuda(source.text(name))
         assert not re.search(r"\b(device|constant|threadgroup|thread)\b", made)
         back = made.replace("__shared__ ", "")

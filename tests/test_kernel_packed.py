@@ -13,22 +13,18 @@ import host_metal
 import mlx.core as mx
 import numpy as np
 import pytest
-from decode_case import Arrays, Case, arrays, error, ring_at
+from decode_case import Case, error, ring_at
+from packed_case import Bits, Given, quantised, run
 
 from mlx_sink.errors import KernelError
 from mlx_sink.kernels import decode as plain
 from mlx_sink.kernels import decode_packed as kernel
 from mlx_sink.kernels import source
-from mlx_sink.kernels.decode import Tables, tables_of
-from mlx_sink.storage import Packed, packed
 
 TOLERANCES = {mx.float32: 2e-6, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 W = 90
 AFTER = (ring_at(4, W, 271),)
 SWITCH = (ring_at(4, W, 215, epoch=100),)
-
-Bits = tuple[int, int]
-Given = tuple[Arrays, Packed, Packed]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,37 +37,6 @@ def on_the_host() -> Iterator[None]:
         yield
     plain.forget()
     kernel.forget()
-
-
-def quantised(case: Case, bits: Bits, size: int) -> Given:
-    """Arrays of a call, quantised; scales of rows that no token of the call owns hold NaN."""
-    a, S = arrays(case), case.rings[0].num_sinks
-    rows: list[Packed] = []
-    for x, b in ((a.k, bits[0]), (a.v, bits[1])):
-        dead = mx.isnan(x[..., :1])
-        held = packed(mx.where(dead, 0, x), S, b, size)
-        if held.scales is not None:
-            held = replace(held, scales=mx.where(dead[:, :, S:], mx.nan, held.scales))
-        rows.append(held if held.sinks is None else replace(held, sinks=x[:, :, :S]))
-    each = [tables_of(lay, block_of(lay), case.rotation, packed=True) for lay in case.layouts]
-    tables = each[0] if len(each) == 1 else Tables.stack(each)
-    k, v = (r.expanded() for r in rows)
-    return Arrays(a.q, k, v, a.learned, tables, a.scale), *rows
-
-
-def block_of(layout):
-    return layout.block(layout.ring.tokens, layout.end)
-
-
-def run(case: Case, given: Given) -> mx.array:
-    a, k, v = given
-    return kernel.decode_packed(
-        *(a.q, k, v, a.tables),
-        scale=a.scale,
-        softcap=case.softcap,
-        learned_sinks=a.learned,
-        splits=case.splits,
-    )
 
 
 def check(case: Case, bits: Bits = (8, 4), size: int = 32) -> Given:
