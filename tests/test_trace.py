@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import made_up
+import made_up_broken
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -139,7 +139,7 @@ def test_queries_that_are_rotated_later_are_of_their_own_layer():
 
 def test_a_layer_with_two_embeddings_is_refused():
     with pytest.raises(UnsupportedModelError, match="more than one position embedding"):
-        seen_of(made_up.TwoRopes)
+        seen_of(made_up_broken.TwoRopes)
 
 
 @pytest.mark.parametrize("late", ["base", "dims", "pairing", "freqs", "none"])
@@ -256,7 +256,7 @@ def test_attaching_from_several_threads():
     assert mx.fast.rope is ROPE
 
 
-@pytest.mark.parametrize("kind", [made_up.Fails, made_up.TwoRopes, Attention])
+@pytest.mark.parametrize("kind", [made_up_broken.Fails, made_up_broken.TwoRopes, Attention])
 def test_rope_is_what_it_was_afterwards(kind: type[Attention]):
     """Whatever happened: the patch of a moment would slow down and hold on to every call."""
     try:
