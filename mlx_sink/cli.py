@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -129,3 +130,36 @@ def write(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             raise
         raise OutputError(f"cannot write the output: {error.strerror or error}") from None
+
+
+class Interrupt:
+    """Ctrl-C, or a polite kill, as a question that is asked between tokens.
+
+    Within the ``with`` block the first one is only noted, so that nothing breaks off half-way;
+    the second one interrupts at once.
+
+    Attributes:
+        status: The exit status it asks for: 0 while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+
+    def __call__(self) -> bool:
+        """Tell whether there was one."""
+        return self.status != 0
+
+    def _note(self, number: int, _: object) -> None:
+        if self.status:
+            raise KeyboardInterrupt
+        self.status = 128 + number
+
+    def __enter__(self) -> Interrupt:
+        """Begin to listen."""
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put back what was there."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -67,6 +67,16 @@ def detokenizer_for(tokenizer: Any) -> Detokenizer:
     raise InputError(f"the tokenizer has a {name}, whose text mlx_sink cannot bound")
 
 
+def check(state: list[Any], *types: type) -> None:
+    """Check what a saved state holds, which may come from anywhere.
+
+    Raises:
+        ValueError: Its values are not of these types, one for each.
+    """
+    if [type(value) for value in state] != list(types):
+        raise ValueError(state)
+
+
 class _Bytes:
     """Bytes to characters, and mlx-lm's rule for the space at the very start of a text.
 
@@ -107,6 +117,7 @@ class _Bytes:
 
     def restore(self, state: list[Any]) -> None:
         """Go on from a `state`."""
+        check(state, str, bool, str)
         pending, self._started, self._held = state
         self._decoder.setstate((bytes.fromhex(pending), 0))
 
@@ -236,4 +247,6 @@ class AnyTokenizer:
 
     def restore(self, state: list[Any]) -> None:
         """Go on from a `state`."""
+        check(state, list, int)
+        check(state[0], *[int] * len(state[0]))
         self._tokens, self._said = state

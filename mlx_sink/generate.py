@@ -5,22 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from mlx_sink import cli, sampling
+from mlx_sink import budget, cli, follow, sampling, turns
+from mlx_sink.asked import Asked
 from mlx_sink.attach import attach
 from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
-from mlx_sink.errors import ConfigError, InputError
+from mlx_sink.errors import ConfigError
+from mlx_sink.follow import Follower
 from mlx_sink.load import DEMO, load_draft, load_unattached
-from mlx_sink.prompt import Prompt, read_text, render
-from mlx_sink.report import Report, format_bytes
-from mlx_sink.stream import GenerationResponse, Stream
+from mlx_sink.report import Report
+from mlx_sink.runner import Answering, Runner
+from mlx_sink.session import Described
+from mlx_sink.stream import Stream
+from mlx_sink.summary import summary
 
 PROG = "python -m mlx_sink.generate"
 DEMO_TEMP = 0.7
@@ -44,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chat-template-config", help="variables of the chat template, as JSON")
     cli.add_sink_options(p)
     cli.add_kv_options(p)
+    budget.add_options(p)
     p.add_argument(
         "--pin-system-prompt",
         action="store_true",
@@ -57,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
         "--extra-eos-token", nargs="+", default=[], help="more tokens that end the text"
     )
     p.add_argument("--stop", nargs="+", default=[], help="strings that end the text")
+    turns.add_options(p)
+    follow.add_options(p)
     sampling.add_options(p)
     cli.add_draft_options(p)
     p.add_argument("--seed", type=int, help="seed of the random numbers")
@@ -70,8 +78,12 @@ def parser() -> argparse.ArgumentParser:
 class _Run:
     """One run of the command: what it read, what it made, and the statistics of both."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, stated: dict[str, Any]):
         self.args = args
+        self.file = None if args.session is None else Path(args.session)
+        defaults = vars(parser().parse_args([]))
+        saved = turns.restore(args, stated, defaults) if self.file else None
+        _check(args)
         loaded = load_unattached(
             args.model,
             adapter_path=args.adapter_path,
@@ -79,67 +91,92 @@ class _Run:
             trust_remote_code=args.trust_remote_code,
         )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.prompt = _prompt(args, self.tokenizer)
-        self.report = self._attach(loaded.context)
-        self.settings = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
-        window = sampling.penalty_window(self.settings)
-        self.text = Stream(
-            self.model,
-            self.tokenizer,
-            seed=args.seed,
-            penalty_window=window,
-            draft_model=self._load_draft(),
-            num_draft_tokens=_num_draft_tokens(args),
-        )
-        self.last: GenerationResponse | None = None
-        self.read = 0
+        self.asked = Asked(args, self.tokenizer, fresh=not (saved and saved.position))
+        self.plan: budget.Plan | None = None
+        self.report = self._attach(loaded.context, saved)
+        how = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
+        note: dict[str, Any] = saved.note if saved else {}
+        note["settings"] = how | turns.settings(args)
+        for token in args.extra_eos_token:
+            self.tokenizer.add_eos_token(token)
+        self.chosen = sampling.sampling(how, self.tokenizer)
+        draft = self._draft_options()
+        if saved and self.file:
+            self.stream = Stream.resume(self.file, self.model, self.tokenizer, **draft)
+            written = note.get("place", {}).get("written", 0)
+            self._say(f"going on at token {self.stream.position}, after {written} bytes of text")
+        else:
+            window = sampling.penalty_window(how)
+            options: dict[str, Any] = {"seed": args.seed, "penalty_window": window} | draft
+            self.stream = Stream(self.model, self.tokenizer, **options)
+        self.resumed_at = self.stream.position if saved else None
+        self.note = note
         self.bar: tqdm[Any] | None = None
 
-    def _attach(self, context: int | None) -> Report:
-        args, num_sinks = self.args, self.args.num_sinks
-        if args.pin_system_prompt:
-            if not self.prompt.system:
-                raise ConfigError("--pin-system-prompt needs --system-prompt")
-            num_sinks = max(self.prompt.system, num_sinks or 0)
-        config = SinkConfig.for_context(context, num_sinks, args.window)
-        config.check_context(context)
-        rollback = _num_draft_tokens(args) if args.draft_model else 0
-        config = replace(config, rollback=rollback, **cli.kv_settings(args))
-        return attach(self.model, config)
+    def _say(self, line: str) -> None:
+        print(f"session {str(self.file)!r}: {line}", file=sys.stderr, flush=True)
 
-    def _load_draft(self) -> nn.Module | None:
+    def _attach(self, context: int | None, saved: Described | None) -> Report:
+        args = self.args
+        num_sinks, window = args.num_sinks, args.window
+        if args.pin_system_prompt:
+            num_sinks = max(self.asked.pinned(), num_sinks or 0)
+        if saved:
+            config = SinkConfig.from_dict(saved.config)
+        else:
+            config = SinkConfig.for_context(context, num_sinks, window)
+            rollback = _num_draft_tokens(args) if args.draft_model else 0
+            config = replace(config, rollback=rollback, **cli.kv_settings(args))
+        config.check_context(context)
+        if args.memory is None:
+            return attach(self.model, config)
+        limit, step = budget.parse_bytes(args.memory), args.prefill_step_size
+        if saved or window is not None:
+            self.plan = budget.check(self.model, limit, config, step)
+        else:
+            self.plan = budget.plan(self.model, limit, config, prefill_step_size=step)
+        print(self.plan, file=sys.stderr)
+        return self.plan.report
+
+    def _draft_options(self) -> dict[str, Any]:
+        """Load the draft model, if there is to be one."""
         args = self.args
         if args.draft_model is None:
-            return None
-        return load_draft(
+            return {}
+        model: nn.Module = load_draft(
             args.draft_model,
             self.tokenizer,
             self.report.config,
             trust_remote_code=args.trust_remote_code,
         )
+        return {"draft_model": model, "num_draft_tokens": _num_draft_tokens(args)}
 
-    def stream(self) -> None:
-        """Generate, and write the text as it comes."""
+    def go(self, interrupted: Callable[[], bool]) -> None:
+        """Read, write, and save, until it is done or interrupted."""
         args = self.args
-        for token in args.extra_eos_token:
-            self.tokenizer.add_eos_token(token)
-        self.text.feed(
-            self.prompt.tokens,
-            prefill_step_size=args.prefill_step_size,
-            progress=self._progress,
+        runner = self.runner = Runner(
+            self.stream,
+            Answering(self.chosen, args.max_tokens, tuple(args.stop), args.ignore_eos),
+            show=cli.write,
+            interrupted=interrupted,
+            file=self.file,
+            save_every=args.save_every,
+            step=args.prefill_step_size,
+            note=self.note,
         )
-        chosen = sampling.sampling(self.settings, self.tokenizer)
-        for response in self.text.generate(
-            args.max_tokens,
-            sampler=chosen.sampler,
-            logits_processors=chosen.processors,
-            stop=args.stop,
-            ignore_eos=args.ignore_eos,
-        ):
-            self.last = response
-            if response.text:
-                cli.write(response.text)
-        cli.write("\n")
+        if self.resumed_at is None:
+            # Where it cannot be saved, say so before the work is done.
+            runner.save()
+        if args.follow is not None:
+            around, question = self.asked.around(), self.asked.text
+            Follower(runner, args.follow, args.marker, around, question).run()
+        else:
+            turns.take(runner, self.asked.name, self.asked.tokens, self._progress)
+        if self.file is None:
+            runner.show(self.stream.flush())
+        if args.follow is None and (self.file is None or sys.stdout.isatty()):
+            cli.write("\n")
+        runner.save()
 
     def _progress(self, done: int, total: int) -> None:
         """Show how far the prompt is read; short prompts need no bar."""
@@ -147,10 +184,9 @@ class _Run:
             pace = 0.2 if sys.stderr.isatty() else 10.0
             self.bar = tqdm(total=total, desc="reading", unit="tok", mininterval=pace, leave=False)
         if self.bar is not None:
-            self.bar.update(done - self.read)
+            self.bar.update(done - self.bar.n)
             if done == total:
                 self.bar.close()
-        self.read = done
 
     def close(self) -> None:
         """Leave no half-drawn progress bar behind."""
@@ -159,103 +195,53 @@ class _Run:
 
     def statistics(self) -> dict[str, Any]:
         """Return what was read and made, the bytes held, and where the stream stands."""
-        last = self.last
-        made = last.generation_tokens if last else 0
-        return {
+        last = self.runner.last
+        statistics: dict[str, Any] = {
             "model": self.args.model,
-            "prompt_tokens": self.read,
-            "prompt_tps": round(last.prompt_tps, 3) if last else None,
-            "generation_tokens": made,
+            "prompt_tokens": self.runner.tokens_read,
+            "prompt_tps": round(self.runner.reading_tps, 3),
+            "generation_tokens": self.runner.tokens_made,
             "generation_tps": round(last.generation_tps, 3) if last else None,
             "finish_reason": last.finish_reason if last else None,
             "num_sinks": self.report.config.num_sinks,
             "window": self.report.config.window,
-            "cache_bytes": self.text.nbytes,
+            "cache_bytes": self.stream.nbytes,
             "cache_bytes_full": self.report.nbytes,
             "peak_memory_bytes": mx.get_peak_memory(),
-            "position": self.text.position,
-            **({"draft": self._drafted()} if self.args.draft_model else {}),
+            "position": self.stream.position,
         }
-
-    def _drafted(self) -> dict[str, Any]:
-        guessed, right = self.text.drafted
-        rate = round(right / guessed, 4) if guessed else None
-        return {"guessed": guessed, "accepted": right, "acceptance_rate": rate}
-
-
-def _prompt(args: argparse.Namespace, tokenizer: Any) -> Prompt:
-    """Read and render the prompt that the arguments name."""
-    if args.prompt_file is not None:
-        text = read_text(args.prompt_file, f"prompt file {args.prompt_file!r}")
-    elif args.prompt == "-":
-        text = read_text(sys.stdin.buffer, "standard input")
-    elif args.prompt is not None:
-        text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    else:
-        text = "Once upon a time" if args.model == DEMO else "hello"
-    options: object = {}
-    if args.chat_template_config is not None:
-        try:
-            options = json.loads(args.chat_template_config)
-        except ValueError:
-            options = None
-    if not isinstance(options, dict):
-        raise InputError("--chat-template-config must be a JSON object")
-    return render(
-        tokenizer,
-        text,
-        system=args.system_prompt,
-        chat=not args.ignore_chat_template,
-        response=args.prefill_response,
-        template_options=cast("dict[str, Any]", options),
-    )
-
-
-def _summary(s: dict[str, Any]) -> str:
-    def rate(tps: float | None) -> str:
-        return "" if tps is None else f" at {tps:.1f} tok/s"
-
-    lines = [
-        f"read {s['prompt_tokens']} tokens{rate(s['prompt_tps'])}, "
-        f"made {s['generation_tokens']}{rate(s['generation_tps'])}; "
-        f"the stream stands at token {s['position']}",
-        f"cache {format_bytes(s['cache_bytes'])} ({s['num_sinks']} sinks + window "
-        f"{s['window']}; {format_bytes(s['cache_bytes_full'])} when full), "
-        f"peak memory {format_bytes(s['peak_memory_bytes'])}",
-    ]
-    if "draft" in s:
-        drafted = s["draft"]
-        lines.append(
-            f"the draft model guessed {drafted['guessed']} tokens, {drafted['accepted']} right"
-            + (f" ({drafted['acceptance_rate']:.0%})" if drafted["guessed"] else "")
-        )
-    if s["model"] == DEMO:
-        lines.append(
-            "this was the small demo model; for a real one: "
-            f"{PROG} --model mlx-community/Llama-3.2-3B-Instruct-4bit"
-        )
-    return "\n".join(lines)
+        if self.file is not None:
+            statistics |= {
+                "session": str(self.file),
+                "resumed_at": self.resumed_at,
+                "text_bytes": self.runner.place["written"],
+                "failed_saves": self.runner.failures,
+            }
+        if self.args.draft_model:
+            guessed, right = self.stream.drafted
+            rate = round(right / guessed, 4) if guessed else None
+            statistics["draft"] = {"guessed": guessed, "accepted": right, "acceptance_rate": rate}
+        return statistics | ({"memory": self.plan.to_dict()} if self.plan else {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0, or 130 after Ctrl-C; errors are raised.
+        0, or 130 after Ctrl-C, which is no more than the end of `--follow`; errors are raised.
     """
     args = parser().parse_args(argv)
     _check(args)
-    run, status = _Run(args), 0
-    try:
-        run.stream()
-    except KeyboardInterrupt:
-        status = cli.STATUS_INTERRUPTED
-        cli.write("\n")
-    finally:
-        run.close()
+    run = _Run(args, turns.given(parser(), argv))
+    with cli.Interrupt() as interrupt:
+        try:
+            run.go(interrupt)
+        finally:
+            run.close()
     statistics = run.statistics()
-    print(json.dumps(statistics) if args.json else _summary(statistics), file=sys.stderr)
-    return status
+    print(json.dumps(statistics) if args.json else summary(statistics, PROG), file=sys.stderr)
+    ended = args.follow is not None and interrupt.status == cli.STATUS_INTERRUPTED
+    return 0 if ended else interrupt.status
 
 
 def _num_draft_tokens(args: argparse.Namespace) -> int:
@@ -266,8 +252,10 @@ def _check(args: argparse.Namespace) -> None:
     """Raise for values that only a later, less clear error would complain about."""
     if args.max_tokens == 0 or args.max_tokens < -1:
         raise ConfigError(f"--max-tokens must be positive, or -1 for ever, got {args.max_tokens}")
-    if args.prefill_step_size < 1:
-        raise ConfigError(f"--prefill-step-size must be at least 1, got {args.prefill_step_size}")
+    for name in ("prefill_step_size", "save_every"):
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} must be at least 1, got {getattr(args, name)}")
     if args.num_draft_tokens is not None and args.draft_model is None:
         raise ConfigError("--num-draft-tokens needs --draft-model")
     if _num_draft_tokens(args) < 1:
@@ -277,6 +265,9 @@ def _check(args: argparse.Namespace) -> None:
         window=1 if args.window is None else args.window,
         **cli.kv_settings(args),
     )
+    if args.memory is not None:
+        budget.parse_bytes(args.memory)
+    follow.check(args)
     sampling.check(args)
 
 

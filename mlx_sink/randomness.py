@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
 T = TypeVar("T")
+
+# MLX annotates its arguments as nothing in particular.
+_start: Callable[..., None] = cast("Any", mx).async_eval
 
 
 def seeded(key: mx.array | None, draw: Callable[[], T]) -> tuple[T, mx.array | None]:
@@ -34,6 +37,8 @@ def seeded(key: mx.array | None, draw: Callable[[], T]) -> tuple[T, mx.array | N
     finally:
         # Looked up again: a compiled sampler replaces the array.
         _state()[...] = outer
+        # Never used, it would never be computed either: a graph that grows with every call.
+        _start(_state())
 
 
 def _state() -> mx.array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from mlx_sink.attach import make_cache
 from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.group import leaves
 from mlx_sink.loop import Loop
+from mlx_sink.ring import Ring
 from mlx_sink.trees import pack, unpack
 
 SAMPLE = 16
@@ -105,6 +106,33 @@ def save(
         store.write(path, held, arrays)
 
 
+class Described(NamedTuple):
+    """What a session says of itself, to be believed only as far as it is checked.
+
+    Attributes:
+        config: The settings that it was made with.
+        note: What the saver noted.
+        position: Tokens read and made.
+    """
+
+    config: dict[str, Any]
+    note: dict[str, Any]
+    position: int
+
+
+def described(path: Path) -> Described:
+    """Return what can be said of a session before its model is loaded.
+
+    Raises:
+        SessionError: The file is unsound.
+    """
+    held, _ = store.read(path)
+    try:
+        return Described(dict(held["config"]), dict(held["note"]), _natural(held["position"]))
+    except (KeyError, TypeError, ValueError):
+        raise SessionError(f"session {str(path)!r} says nothing of its settings") from None
+
+
 def resume(path: Path, model: nn.Module, whose: dict[str, str]) -> Restored:
     """Read a session for an attached model.
 
@@ -137,35 +165,54 @@ def resume(path: Path, model: nn.Module, whose: dict[str, str]) -> Restored:
 def _restored(model: nn.Module, held: dict[str, Any], arrays: dict[str, mx.array]) -> Restored:
     """Build the loop; anything that does not fit raises some kind of error."""
     caches = make_cache(model)
-    like = _traced(model)
+    like, expected = _traced(model)
     position = _natural(held["position"])
     for cache, [name, packed], template in zip(caches, held["caches"], like, strict=True):
         state = unpack(packed, arrays)
         if name != type(cache).__name__ or not _fits(state, template):
             raise ValueError(name)
+        fresh = [getattr(part, "ring", None) for part in leaves([cache])]
         cache.state = state
-        for part in leaves([cache]):
+        for part, ring in zip(leaves([cache]), fresh, strict=True):
             # A cache that its model never feeds stays at 0.
             if not part.empty() and getattr(part, "tokens", position) != position:
                 raise ValueError(position)
+            if ring is not None:
+                _check_ring(ring, part.ring, part.state)
     key = arrays["key"]
     if key.dtype != mx.uint32 or key.shape != (2,):
         raise ValueError(key)
-    window = _natural(held["penalty_window"])
+    window = max(1, _natural(held["penalty_window"]))
     loop = Loop(model, caches, key=key, penalty_window=window)
     loop.position = position
-    loop.recent.extend(map(_natural, held["recent"]))
+    loop.recent.extend(_natural(token, expected.shape[-1]) for token in held["recent"])
     logits = arrays.get("logits")
-    if logits is not None and logits.ndim != 2:
+    if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, expected.shape):
         raise ValueError(logits.shape)
     loop.logits = logits
     return Restored(loop, held["text"], dict(held["note"]))
 
 
-def _natural(value: object) -> int:
-    if type(value) is not int or value < 0:
+def _natural(value: object, end: int = 2**63) -> int:
+    if type(value) is not int or not 0 <= value < end:
         raise ValueError(value)
     return value
+
+
+def _check_ring(fresh: Ring, ring: Ring, state: Sequence[Any]) -> None:
+    """Raise unless a ring is one that the model's settings lead to, and its arrays hold it."""
+    same = ("num_sinks", "window", "epoch")
+    if any(getattr(ring, name) != getattr(fresh, name) for name in same):
+        raise ValueError(ring)
+    if not 0 <= ring.previous <= ring.start <= ring.tokens < 2**63:
+        raise ValueError(ring)
+    arrays: dict[str, mx.array] = {}
+    pack(state, "", arrays)
+    whole = [part for part in state if isinstance(part, mx.array)]
+    if any(part.ndim < 3 or part.shape[2] < ring.live for part in whole):
+        raise ValueError(ring)
+    if not arrays and ring.tokens:
+        raise ValueError(ring)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -173,11 +220,14 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return {} if config is None else config.to_dict()
 
 
-def _traced(model: nn.Module) -> list[Any]:
-    """Return the states of caches that one token went into; MLX is lazy, nothing is computed."""
+def _traced(model: nn.Module) -> tuple[list[Any], mx.array]:
+    """Return the states of caches that one token went into, and the logits ``[1, vocabulary]``.
+
+    MLX is lazy: nothing is computed.
+    """
     caches = make_cache(model)
-    cast("Any", model)(mx.zeros((1, 1), mx.int32), cache=caches)
-    return [cache.state for cache in caches]
+    logits = cast("Any", model)(mx.zeros((1, 1), mx.int32), cache=caches)
+    return [cache.state for cache in caches], logits[:, -1, :]
 
 
 def _fits(value: Any, like: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_sink.detokenize import Detokenizer
+from mlx_sink.detokenize import Detokenizer, check
 
 
 class StopStrings:
@@ -85,7 +85,9 @@ class Text:
     @classmethod
     def restored(cls, detokenizer: Detokenizer, state: list[Any]) -> Text:
         """Go on from a `state` with a fresh detokenizer."""
+        check(state, list, list, str)
         stops, inner, held = state
+        check(stops, *[str] * len(stops))
         text = cls(detokenizer, stops)
         detokenizer.restore(inner)
         text._search.held = held

@@ -176,6 +176,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "minimax_m3_vl": {
         **_INDEX,
+        "index_n_heads": 2,
         "layer_types": ("full_attention", "sparse_attention"),
         "moe_layer_freq": (0, 1),
         "index_block_size": 2,

@@ -91,6 +91,32 @@ SETTINGS = {
     "draft of another family": (["--draft-model", "demo"], ["tokenizer does not match"]),
     "no draft model": (["--draft-model", "./nowhere"], ["'./nowhere' does not exist"]),
     "pin nothing": (["--pin-system-prompt"], ["--pin-system-prompt", "--system-prompt"]),
+    "session is a folder": (["--session", "."], ["session '.'", "directory"]),
+    "session nowhere": (["--session", "no/where"], ["cannot save", "no/where", "No such file"]),
+    "save never": (["--save-every", "0"], ["--save-every", "got 0"]),
+    "marker alone": (["--marker", "@@"], ["--marker needs --follow"]),
+    "follow without marker": (["--follow", "-"], ["--follow needs --marker"]),
+    "blank marker": (["--follow", "-", "--marker", " "], ["--marker", "not blank", "' '"]),
+    "follow nothing": (["--follow", "no.log", "--marker", "@"], ["no.log", "No such file"]),
+    "follow a folder": (["--follow", ".", "--marker", "@"], ["'.'", "a folder"]),
+    "follow and a prompt file": (
+        ["--follow", "-", "--marker", "@", "--prompt-file", "x"],
+        ["--follow", "--prompt TEXT"],
+    ),
+    "endless answers": (
+        ["--follow", "-", "--marker", "@", "-m", "-1", "--ignore-eos"],
+        ["--follow", "must end"],
+    ),
+    "memory no number": (["--memory", "much"], ["--memory", "2GB", "'much'"]),
+    "memory nothing": (["--memory", "0GB"], ["--memory", "'0GB'"]),
+    "memory too small": (
+        ["--memory", "100kB"],
+        ["--memory 100.00 kB", "does not hold this model", "a window of 1 (weights"],
+    ),
+    "memory for a window": (
+        ["--memory", "1MB", "--window", "50"],
+        ["--memory 1.00 MB", "not enough for a window of 50"],
+    ),
     "template variables": (["--chat-template-config", "{"], ["--chat-template-config", "JSON"]),
     "template list": (["--chat-template-config", "[1]"], ["--chat-template-config", "object"]),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -253,6 +254,34 @@ def test_a_bad_sampler_breaks_nothing():
     with pytest.raises(ValueError, match="top_k"):
         next(mine.tokens(Sampling(make_sampler(1.0, top_k=VOCABULARY))))
     assert len(take(mine, 3)) == 3
+
+
+def test_the_random_state_is_computed_though_nobody_reads_it(tmp_path: Path):
+    """MLX is lazy: a state that is only ever put back is a graph that grows by every token."""
+    key = mx.random.key(1)
+    for _ in range(30):
+        seeded(key, lambda: mx.random.uniform())
+    mx.export_to_dot(str(tmp_path / "graph"), mx.random.state[0])
+    assert len((tmp_path / "graph").read_text()) < 200
+
+
+def test_arrays_go_with_the_call_that_made_them():
+    """In a reference cycle they would stay until Python's collector comes by."""
+    mine = loop(small(2))
+    mine.read(PROMPT * 20, 70)
+    take(mine, 3, Sampling(make_sampler(0.9)))
+    gc.collect()
+    gc.disable()
+    try:
+        mine.read(PROMPT * 20, 70)
+        take(mine, 30, Sampling(make_sampler(0.9), make_logits_processors(repetition_penalty=1.1)))
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [thing for thing in gc.garbage if isinstance(thing, mx.array)] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_nothing_grows_in_eight_thousand_tokens():

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from folder import make_folder
+from mlx.utils import tree_flatten
 
 from mlx_sink.kernels import source
 
@@ -158,6 +160,66 @@ def test_eval_says_in_a_line_what_is_wrong(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert reason in error
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize(("layers", "start"), [(1, 0), (3, (1 << 31) + 1)])
+def test_soak_goes_on_and_drifts_nowhere(
+    layers: int, start: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A short form of it, stopped half-way; times are printed, not judged."""
+    import soak
+
+    figures = tmp_path / "soak.json"
+    argv = ["--layers", str(layers), "--start", str(start), "--state", str(tmp_path / "state")]
+    argv += shlex.split("--bucket 3000 --read 480 --make 16 --pair-every 3 --window 20")
+    assert soak.main([*argv, "--tokens", "6000"]) == 0
+    capsys.readouterr()
+    assert soak.main([*argv, "--tokens", "15000", "--json", str(figures)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    result = json.loads(figures.read_text())
+    rows = result["rows"]
+    assert len(rows) == 5 == len(table) - 3
+    assert rows[-1]["to"] - start > 15_000
+    assert [row["run"] for row in rows] == [1, 1, 2, 2, 2]
+    assert 0 < max(row["drift"] for row in rows) < 1e-3
+    active = [row["active_mb"] for row in rows]
+    assert max(active) - min(active) < 0.1
+    assert set(result["slopes_percent"]) == set(soak.COLUMNS) - {"drift"}
+
+
+@pytest.mark.usefixtures("scripts")
+def test_soak_refuses_other_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import soak
+
+    argv = shlex.split(f"--layers 1 --bucket 100 --read 60 --make 8 --state {tmp_path}")
+    assert soak.main([*argv, "--tokens", "100"]) == 0
+    assert soak.main([*argv, "--tokens", "200", "--window", "30"]) == 2
+    assert "other" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_float64_oracle_is_mlx_lm_s_model_before_the_wrap():
+    """And past it, for one layer, what plain mlx-lm says of the visible tokens alone."""
+    import _oracle
+    import soak
+
+    model = soak.random_llama(3, 50, 1)
+    weights = {k: np.array(v, np.float64) for k, v in tree_flatten(model.parameters())}
+    tokens = np.random.default_rng(0).integers(0, 50, 40).tolist()
+
+    def mlx_lm_s(model: Any, tokens: list[int]) -> np.ndarray:
+        logits = np.array(model(mx.array([tokens]))[0, -1], np.float64)
+        return logits - np.log(np.exp(logits).sum())
+
+    exact = _oracle.logprobs(weights, model.args, tokens[:4], tokens, 40, 60)
+    np.testing.assert_allclose(exact, mlx_lm_s(model, tokens), atol=1e-4)
+    one = soak.random_llama(1, 50, 2)
+    weights = {k: np.array(v, np.float64) for k, v in tree_flatten(one.parameters())}
+    exact = _oracle.logprobs(weights, one.args, tokens[:4], tokens[-9:], 40, 9)
+    np.testing.assert_allclose(exact, mlx_lm_s(one, tokens[:4] + tokens[-9:]), atol=1e-4)
+    other = _oracle.logprobs(weights, one.args, tokens[:4], tokens[-9:], 40, 8)
+    assert np.abs(other - exact).max() > 1e-2
 
 
 @pytest.mark.usefixtures("scripts")

@@ -281,6 +281,50 @@ def test_forged_headers(name: str, saved: Path, loaded: tuple[Any, Any], tmp_pat
     refused(tmp_path / "f", loaded)
 
 
+VALUES: list[Any] = [
+    None, True, -1, 0, 1, 1.5, 1 << 31, 1 << 80, float("nan"), "", "x", "9" * 1000,
+    [], [1], [[1]], [0] * 100, {}, {"a": 1}, {"array": "cache.0.0"}, {"tuple": []},
+]  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the way to every value within a JSON value."""
+    items: list[Any] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    return [path, *(place for key, item in items for place in places(item, (*path, key)))]
+
+
+def test_random_forgeries_are_refused_or_go_on(
+    saved: Path, loaded: tuple[Any, Any], tmp_path: Path
+):
+    """Any value for any other, signed: what is believed can be gone on with, and nothing fails."""
+    random, refusals, taken = np.random.default_rng(1), [], 0
+    file = tmp_path / "f"
+
+    def change(header: dict[str, Any], session: dict[str, Any]) -> None:
+        root = session if random.random() < 0.8 else header
+        everywhere = [place for place in places(root)[1:] if place != ("__metadata__",)]
+        *way, last = everywhere[random.integers(len(everywhere))]
+        for key in way:
+            root = root[key]
+        root[last] = VALUES[random.integers(len(VALUES))]
+
+    for _ in range(300):
+        file.write_bytes(forged(saved, change))
+        try:
+            stream = Stream.resume(file, *loaded)
+        except SessionError as error:
+            refusals.append(str(error))
+        else:
+            assert len(write(stream, 2)[0]) == 2
+            taken += 1
+    assert len(refusals) > 200 > taken > 0
+    assert not any("\n" in line for line in refusals)
+
+
 def test_a_forgery_that_changes_nothing_is_taken(
     saved: Path, loaded: tuple[Any, Any], tmp_path: Path
 ):
