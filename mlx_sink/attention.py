@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import groupby
 
 import mlx.core as mx
@@ -18,6 +22,31 @@ from mlx_sink.rope import Rotation
 from mlx_sink.storage import Packed
 
 STILL = frozenset([Turn.NONE])
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What one layer's call of `sink_attention` was given; the names are its arguments'."""
+
+    queries: mx.array
+    keys: mx.array
+    layout: Layout
+    scale: float
+    softcap: float | None
+    learned_sinks: mx.array | None
+
+
+_observer: ContextVar[Callable[[Attended], None] | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: Callable[[Attended], None]) -> Generator[None]:
+    """Let a function see what every call of this thread attends with, while the block runs."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def sink_attention(
@@ -70,6 +99,8 @@ def sink_attention(
 
     The kernels serve heads that begin with the rotated dimensions.
     """
+    if (observer := _observer.get()) is not None:
+        observer(Attended(queries, keys, layout, scale, softcap, learned_sinks))
     start, window = layout.ring.tokens, layout.ring.window
     options: reference.Extras = {"softcap": softcap, "learned_sinks": learned_sinks}
     turned = reference.Turned(queries, layout, rotation, scale)

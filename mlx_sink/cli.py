@@ -52,13 +52,14 @@ def add_sink_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-sinks",
         type=int,
-        help=f"first tokens that are never evicted (default: {DEFAULT_NUM_SINKS})",
+        help="first tokens that are never evicted (default: as the model's config.json says, or "
+        f"{DEFAULT_NUM_SINKS})",
     )
     parser.add_argument(
         "--window",
         type=int,
-        help=f"newest tokens that stay visible (default: {DEFAULT_WINDOW}, or as many as the "
-        "model's trained context holds)",
+        help="newest tokens that stay visible (default: as the model's config.json says, or "
+        f"{DEFAULT_WINDOW}, or as many as its trained context holds)",
     )
 
 

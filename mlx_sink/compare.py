@@ -16,9 +16,9 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from mlx_sink import arms, cli, losses, page, plots, recall, resume
+from mlx_sink import settings as own_settings
 from mlx_sink.attach import attach
 from mlx_sink.comparison import Comparison, Settings
-from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.files import write_whole
 from mlx_sink.load import load_unattached
@@ -131,11 +131,11 @@ class _Run:
         self.args = args
         self.text = read_text(args.text, f"text file {args.text!r}")
         options = {"adapter_path": args.adapter_path} if args.adapter_path else {}
-        model, self.tokenizer, context = load_unattached(
+        model, self.tokenizer, context, own = load_unattached(
             args.model, trust_remote_code=args.trust_remote_code, **options
         )
         self.model = model
-        config = SinkConfig.for_context(context, args.num_sinks, args.window)
+        config, _ = own_settings.apply(own, context, args.num_sinks, args.window)
         config.check_context(context)
         ids = self.encode(self.text)
         self.inputs, targets = losses.cut(ids, self.tokenizer.bos_token_id)

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from mlx_sink import budget, cli, follow, sampling, turns
+from mlx_sink import settings as own_settings
 from mlx_sink.asked import Asked
 from mlx_sink.attach import attach
 from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
@@ -24,6 +25,7 @@ from mlx_sink.load import DEMO, load_draft, load_unattached
 from mlx_sink.report import Report
 from mlx_sink.runner import Answering, Runner
 from mlx_sink.session import Described
+from mlx_sink.settings import Settings
 from mlx_sink.stream import Stream
 from mlx_sink.summary import summary
 
@@ -93,7 +95,7 @@ class _Run:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.asked = Asked(args, self.tokenizer, fresh=not (saved and saved.position))
         self.plan: budget.Plan | None = None
-        self.report = self._attach(loaded.context, saved)
+        self.report = self._attach(loaded.context, loaded.settings, saved)
         how = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
         note: dict[str, Any] = saved.note if saved else {}
         note["settings"] = how | turns.settings(args)
@@ -116,27 +118,30 @@ class _Run:
     def _say(self, line: str) -> None:
         print(f"session {str(self.file)!r}: {line}", file=sys.stderr, flush=True)
 
-    def _attach(self, context: int | None, saved: Described | None) -> Report:
+    def _attach(self, context: int | None, own: Settings, saved: Described | None) -> Report:
         args = self.args
         num_sinks, window = args.num_sinks, args.window
         if args.pin_system_prompt:
-            num_sinks = max(self.asked.pinned(), num_sinks or 0)
+            num_sinks = max(self.asked.pinned(), num_sinks or own.num_sinks or 0)
+        sources: dict[str, str] = {}
         if saved:
             config = SinkConfig.from_dict(saved.config)
         else:
-            config = SinkConfig.for_context(context, num_sinks, window)
+            config, sources = own_settings.apply(own, context, num_sinks, window)
             rollback = _num_draft_tokens(args) if args.draft_model else 0
             config = replace(config, rollback=rollback, **cli.kv_settings(args))
         config.check_context(context)
         if args.memory is None:
-            return attach(self.model, config)
+            return replace(attach(self.model, config), sources=sources)
         limit, step = budget.parse_bytes(args.memory), args.prefill_step_size
         if saved or window is not None:
             self.plan = budget.check(self.model, limit, config, step)
         else:
             self.plan = budget.plan(self.model, limit, config, prefill_step_size=step)
         print(self.plan, file=sys.stderr)
-        return self.plan.report
+        if window is None and sources:
+            sources["window"] = "--memory"
+        return replace(self.plan.report, sources=sources)
 
     def _draft_options(self) -> dict[str, Any]:
         """Load the draft model, if there is to be one."""
@@ -205,6 +210,7 @@ class _Run:
             "finish_reason": last.finish_reason if last else None,
             "num_sinks": self.report.config.num_sinks,
             "window": self.report.config.window,
+            "sources": dict(self.report.sources),
             "cache_bytes": self.stream.nbytes,
             "cache_bytes_full": self.report.nbytes,
             "peak_memory_bytes": mx.get_peak_memory(),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import mlx.nn as nn
 import mlx_lm
+from mlx_lm import utils as mlx_lm_utils
 
+from mlx_sink import checkpoint, settings
 from mlx_sink.attach import attach
+from mlx_sink.checkpoint import first_line
 from mlx_sink.config import SinkConfig
 from mlx_sink.draft import check_vocabulary
 from mlx_sink.errors import ConfigError, ModelError
+from mlx_sink.report import Report
+from mlx_sink.settings import Settings
 
 DEMO = "demo"
 """The name of the model that is part of this package."""
@@ -28,39 +31,73 @@ class Loaded(NamedTuple):
         model: The model.
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         context: Positions the model was trained on, in tokens, or ``None`` if unknown.
+        settings: The ``mlx_sink`` section of its configuration.
     """
 
     model: nn.Module
     tokenizer: Any
     context: int | None
+    settings: Settings
+
+
+@overload
+def load(
+    path_or_repo: str | Path = DEMO,
+    config: SinkConfig | None = None,
+    *,
+    return_report: Literal[False] = False,
+    **options: Any,
+) -> tuple[nn.Module, Any]: ...
+
+
+@overload
+def load(
+    path_or_repo: str | Path = DEMO,
+    config: SinkConfig | None = None,
+    *,
+    return_report: Literal[True],
+    **options: Any,
+) -> tuple[nn.Module, Any, Report]: ...
 
 
 def load(
-    path_or_repo: str | Path = DEMO, config: SinkConfig | None = None, **options: Any
-) -> tuple[nn.Module, Any]:
+    path_or_repo: str | Path = DEMO,
+    config: SinkConfig | None = None,
+    *,
+    return_report: bool = False,
+    **options: Any,
+) -> tuple[nn.Module, Any] | tuple[nn.Module, Any, Report]:
     """Load a model and give it a cache of fixed size.
 
     Args:
         path_or_repo: A folder with an MLX or Hugging Face checkpoint, a repository on the
             Hugging Face hub, or ``"demo"`` for the small model inside this package.
-        config: What to keep; by default 4 sinks and a window of 1,024 tokens, or as much as
-            the model's trained context holds.
+        config: What to keep; by default what the ``mlx_sink`` section of the model's config.json
+            says (`mlx_sink.convert` writes one), and without one 4 sinks and a window of 1,024
+            tokens, or as much as the model's trained context holds.
+        return_report: Return the report too: which layer got what, and where the settings
+            come from.
         options: Passed to `mlx_lm.load`: ``adapter_path``, ``tokenizer_config``,
-            ``trust_remote_code``, ...
+            ``trust_remote_code``, ``revision``, ...
 
     Returns:
-        The model, attached, and its tokenizer.
+        The model, attached, its tokenizer, and the report if asked for.
 
     Raises:
         ModelError: The model cannot be found or is damaged.
         UnsupportedModelError: The contract cannot be kept for this model.
         ConfigError: The capacity exceeds the model's trained context.
     """
-    model, tokenizer, context = load_unattached(path_or_repo, **options)
-    config = config or SinkConfig.for_context(context)
-    config.check_context(context)
-    attach(model, config)
-    return model, tokenizer
+    loaded = load_unattached(path_or_repo, **options)
+    if config is None:
+        config, sources = settings.apply(loaded.settings, loaded.context)
+    else:
+        config.check_context(loaded.context)
+        sources = dict.fromkeys(("num_sinks", "window"), settings.ARGUMENT)
+    report = replace(attach(loaded.model, config), sources=sources)
+    if return_report:
+        return loaded.model, loaded.tokenizer, report
+    return loaded.model, loaded.tokenizer
 
 
 def load_draft(
@@ -80,7 +117,7 @@ def load_draft(
         UnsupportedModelError: As in `load`.
         ConfigError: The draft's trained context does not even hold the sinks.
     """
-    model, draft_tokenizer, context = load_unattached(path_or_repo, **options)
+    model, draft_tokenizer, context, _ = load_unattached(path_or_repo, **options)
     check_vocabulary(tokenizer, draft_tokenizer)
     window = config.window if context is None else min(config.window, context - config.num_sinks)
     if window < 1:
@@ -97,103 +134,50 @@ def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:
 
     Arguments and errors as in `load`.
     """
-    where = _find(str(path_or_repo))
+    name = str(path_or_repo)
+    found = checkpoint.check(find(name, options.pop("revision", None)))
+    own = Settings.of(found.config)
+    model_config = checkpoint.for_mlx_lm(found.config)
+    model_config |= cast("dict[str, Any]", options.pop("model_config", None) or {})
     try:
         # mlx-lm and transformers raise whatever a damaged file happens to trip over.
-        loaded = mlx_lm.load(where, return_config=True, **options)
+        loaded = mlx_lm.load(
+            str(found.path), return_config=True, model_config=model_config, **options
+        )
     except Exception as error:
-        reason = first_line(error)
-        raise ModelError(f"cannot load model {str(path_or_repo)!r}: {reason}") from error
+        raise ModelError(f"cannot load model {name!r}: {first_line(error)}") from error
     model, tokenizer, config = cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
-    return Loaded(model, tokenizer, context_of(config))
+    return Loaded(model, tokenizer, checkpoint.trained_context(config), own)
 
 
-def _find(name: str) -> str:
-    """Turn a name into a folder or a repository id that mlx-lm takes, or say what is wrong."""
-    if name == DEMO:
-        return str(Path(__file__).with_name("demo"))
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        _check_folder(path)
-        return str(path)
-    if name and path.exists():
-        raise ModelError(f"model {name!r} is a file: name the folder that holds config.json")
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
-        raise ModelError(f"model folder {name!r} does not exist")
-    return name
-
-
-def _check_folder(path: Path) -> None:
-    """Raise unless the folder holds a configuration and whole weight files.
-
-    mlx-lm would find most of this too, but late, and not in one line.
-    """
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise ModelError(f"model folder {str(path)!r} has no config.json")
-    config = read_json(config_file)
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{str(config_file)!r} names no model_type")
-    shards = sorted(path.glob("model*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{str(index)!r} has no weight_map")
-        names = {str(name) for name in cast("dict[str, object]", weight_map).values()}
-        missing = sorted(names - {shard.name for shard in shards})
-        if missing:
-            raise ModelError(f"model folder {str(path)!r} lacks {missing[0]}")
-    if not shards:
-        raise ModelError(f"model folder {str(path)!r} has no model*.safetensors")
-    for shard in shards:
-        _check_safetensors(shard)
-
-
-def _check_safetensors(path: Path) -> None:
-    """Raise unless the file is as long as its header says (safetensors format)."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise ModelError(f"{str(path)!r} is cut off: {size} bytes do not hold its header")
-        try:
-            header = json.loads(file.read(length))
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-            expected = 8 + length + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise ModelError(f"{str(path)!r} is not a safetensors file") from None
-    if expected != size:
-        raise ModelError(f"{str(path)!r} is damaged: {size} bytes instead of {expected}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+def find(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a model, downloaded if its name is that of a repository.
 
     Raises:
-        ModelError: It does not.
+        ModelError: There is no such folder, and no such repository can be had.
     """
+    if name == DEMO:
+        return Path(__file__).with_name("demo")
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
+        raise ModelError(f"model {name!r} is a file: name the folder that holds config.json")
+    if not is_remote(name):
+        raise ModelError(f"model folder {name!r} does not exist")
+    utils = cast("Any", mlx_lm_utils)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {str(path)!r}: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{str(path)!r} does not hold a JSON object")
-    return cast("dict[str, Any]", value)
+        return Path(
+            utils.snapshot_download(
+                name, revision=revision, allow_patterns=utils.DEFAULT_ALLOW_PATTERNS
+            )
+        )
+    except Exception as error:
+        raise ModelError(f"cannot download model {name!r}: {first_line(error)}") from error
 
 
-def context_of(config: dict[str, Any]) -> int | None:
-    """Return the positions that a model was trained on, if its configuration says."""
-    text = config.get("text_config")
-    for where in (config, cast("dict[str, Any]", text) if isinstance(text, dict) else {}):
-        context = where.get("max_position_embeddings")
-        if isinstance(context, int):
-            return context
-    return None
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def is_remote(name: str) -> bool:
+    """Tell whether a name is that of a repository on the hub: no folder, and spelled like one."""
+    if name == DEMO or Path(name).expanduser().exists():
+        return False
+    return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None

@@ -11,11 +11,10 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_sink import budget, skeleton, work
+from mlx_sink import budget, checkpoint, settings, skeleton, work
 from mlx_sink.attach import attach, trained_context
 from mlx_sink.config import BITS, SinkConfig
 from mlx_sink.errors import ConfigError, SinkError, UnsupportedModelError
-from mlx_sink.load import context_of
 from mlx_sink.report import LayerReport, Report
 
 LENGTHS = (4 << 10, 32 << 10, 128 << 10, 1 << 20, 10 << 20)
@@ -174,8 +173,8 @@ def plan(
     read = skeleton.read_config(name)
     named = skeleton.dtype_of(read)
     model = skeleton.build(read, dtype)
-    context = trained_context(model) or context_of(read)
-    config = SinkConfig.for_context(context, num_sinks, window)
+    context = trained_context(model) or checkpoint.trained_context(read)
+    config, _ = settings.apply(settings.Settings.of(read), context, num_sinks, window)
     config.check_context(context)
     costs = costs_of(model, config)
     capacity = config.capacity

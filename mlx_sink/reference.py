@@ -5,6 +5,7 @@ This is what serves where no verified kernel does, and what kernels are compared
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import Any, TypedDict, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_sink.ring import Block, Layout, Span, Turn
+from mlx_sink.ring import Block, Layout, Ring, Span, Turn, layout_of
 from mlx_sink.rope import Rotation
 
 BLOCK = 64
@@ -173,16 +174,30 @@ def visible(block: Block, window: int) -> mx.array:
     return _visible(block.n, window, tuple((lead, r.length, r.sinks) for lead, r in spans))
 
 
-@lru_cache(maxsize=4)
 def mask_of(layout: Layout) -> mx.array:
     """Return which query of a call sees which of its rows, ``[n, rows]`` bool.
 
-    All layers whose rings are alike get the same array.
+    All layers whose rings are alike get the same array, and know it by that.
     """
+    return _masks.of(layout.ring, layout.n)
+
+
+class _Masks(threading.local):
+    """Those of this thread's last calls: streams in other threads must not take them away."""
+
+    def __init__(self) -> None:
+        self.of = lru_cache(maxsize=8)(_mask)
+
+
+def _mask(ring: Ring, n: int) -> mx.array:
+    layout = layout_of(ring, n)
     token = np.concatenate([np.arange(run.token, run.token + run.length) for run in layout.runs])
     query = np.arange(layout.ring.tokens, layout.end)[:, None]
     near = (token > query - layout.ring.window) | (token < layout.ring.num_sinks)
     return mx.array(cast("Any", (token <= query) & near))
+
+
+_masks = _Masks()
 
 
 @lru_cache(maxsize=4)

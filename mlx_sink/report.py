@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -70,11 +71,16 @@ def report_of(index: int, cache: Any) -> LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a model got; ``print(report)`` shows it as a table."""
+    """What a model got; ``print(report)`` shows it as a table.
+
+    `sources` says where each setting comes from: ``"argument"``, ``"config.json"`` (the model's
+    ``mlx_sink`` section) or ``"default"``. It is empty where `attach` was called by hand.
+    """
 
     model_type: str
     config: SinkConfig
     layers: tuple[LayerReport, ...]
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +92,7 @@ class Report:
         return {
             "model_type": self.model_type,
             "config": self.config.to_dict(),
+            "sources": dict(self.sources),
             "layers": [asdict(layer) | {"bytes": layer.nbytes} for layer in self.layers],
             "bytes": self.nbytes,
         }
@@ -100,6 +107,8 @@ class Report:
             f"{'layers':>7}  {'cache':<11} {'attention':<9} {'positions':<9} {'slots':>7} "
             f"{'bytes/token':>12} {'bytes':>12}  which",
         ]
+        if self.sources:
+            lines.insert(1, f"settings: {self.origin}")
         for layer, alike in _alike(self.layers):
             lines.append(
                 f"{len(alike):>7}  {layer.cache:<11} {layer.attention:<9} {layer.positions:<9} "
@@ -107,6 +116,12 @@ class Report:
                 f"{layer.nbytes * len(alike):>12}  {_ranges(alike)}"
             )
         return "\n".join(lines)
+
+    @property
+    def origin(self) -> str:
+        """The settings and where they come from, in one line; empty if that is not known."""
+        values = self.config.to_dict()
+        return ", ".join(f"{key} {values[key]} ({self.sources[key]})" for key in self.sources)
 
 
 def _kind_of(cache: SinkCache) -> str:

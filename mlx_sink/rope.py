@@ -140,7 +140,9 @@ class Rotation:
         if made is None:
             made = make()
             if len(self._recent) >= 4:
-                del self._recent[next(iter(self._recent))]
+                # Streams of one model may run in several threads.
+                oldest, *_ = list(self._recent)
+                self._recent.pop(oldest, None)
             self._recent[key] = made
         return made
 

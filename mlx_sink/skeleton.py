@@ -17,9 +17,11 @@ import mlx.nn as nn
 from mlx import utils
 from mlx_lm import utils as mlx_lm_utils
 
+from mlx_sink import checkpoint
 from mlx_sink.architectures import VERIFIED, refusal
+from mlx_sink.checkpoint import first_line, read_json
 from mlx_sink.errors import ModelError, UnsupportedModelError
-from mlx_sink.load import DEMO, first_line, read_json
+from mlx_sink.load import DEMO
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DEFAULT_DTYPE = "bfloat16"
@@ -97,6 +99,7 @@ def build(config: dict[str, Any], dtype: str | None = None) -> nn.Module:
         UnsupportedModelError: A bounded cache would be refused, or would have to be tried out
             on the weights.
     """
+    config = config | checkpoint.for_mlx_lm(config)
     kind = str(config["model_type"])
     if config.get("model_file") is not None:
         raise ModelError(

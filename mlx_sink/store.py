@@ -7,14 +7,10 @@ Nothing in a file is ever run, and nothing is allocated before the file has been
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
-import re
 import stat
 import struct
 from collections.abc import Mapping
@@ -24,6 +20,7 @@ from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 
+from mlx_sink import atomic
 from mlx_sink.errors import OutputError, SessionError
 
 FORMAT = "mlx_sink session 1"
@@ -72,43 +69,20 @@ def write(path: Path, note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -
         OutputError: It cannot be written, or its header would be too long to be read again.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = atomic.temporary(path)
     with _writing:
         try:
-            clean(path)
+            atomic.clean(path)
             try:
                 _write(temporary, _header(note, arrays), arrays)
                 os.replace(temporary, path)
-                _sync_folder(path.parent)
+                atomic.sync_folder(path.parent)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise OutputError(f"cannot save session {str(path)!r}: {reason}") from None
-
-
-def clean(path: Path) -> None:
-    """Remove what earlier writers of a file left behind when they were killed."""
-    path = Path(os.path.realpath(path))
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.tmp")
-    with contextlib.suppress(OSError):
-        for name in os.listdir(path.parent):
-            match = pattern.fullmatch(name)
-            if match and not _is_other_process(int(match[1])):
-                path.with_name(name).unlink(missing_ok=True)
-
-
-def _is_other_process(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _header(note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> bytes:
@@ -141,26 +115,7 @@ def _write(path: Path, header: bytes, arrays: Mapping[str, mx.array]) -> None:
             file.write(data)
         file.flush()
         os.pwrite(file.fileno(), digest.hexdigest().encode(), SUM_AT)
-        _sync(file.fileno())
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
-    # On a Mac fsync leaves the data in the drive's own memory.
-    if (whole := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
-        fcntl.fcntl(descriptor, whole)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems cannot sync a folder, and order renames by themselves.
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
+        atomic.sync(file.fileno())
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:

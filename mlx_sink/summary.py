@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_sink.load import DEMO
 from mlx_sink.report import format_bytes
+from mlx_sink.settings import SECTION_SOURCE
 
 
 def summary(s: dict[str, Any], prog: str) -> str:
@@ -22,6 +23,9 @@ def summary(s: dict[str, Any], prog: str) -> str:
         f"{s['window']}; {format_bytes(s['cache_bytes_full'])} when full), "
         f"peak memory {format_bytes(s['peak_memory_bytes'])}",
     ]
+    if SECTION_SOURCE in s["sources"].values():
+        came = ", ".join(f"{name}: {source}" for name, source in s["sources"].items())
+        lines.append(f"settings from {came}")
     if "draft" in s:
         drafted = s["draft"]
         lines.append(

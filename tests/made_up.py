@@ -1,7 +1,7 @@
 """An architecture that mlx-lm does not have, and what models might do in their attention.
 
-`Attention` keeps the contract; what is derived from it does one thing otherwise. `KEEPS` lists
-those that keep the contract all the same, `BREAKS` those that do not, each with its reason.
+`Attention` keeps the contract; what is derived from it does one thing otherwise. Those that keep
+it all the same are here (`KEEPS`), the others in `made_up_broken`.
 """
 
 from __future__ import annotations
@@ -158,6 +158,29 @@ class Absent(Attention):
         return mx.repeat(v, 2, axis=1) if self.layer else super().attend(q, k, v, mask, cache)
 
 
+class Swapped(Attention):
+    """Keeps keys in the place of the values, as latent attention keeps its rotated part."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        if cache is not None:
+            v, k = cache.update_and_fetch(v, k)
+        return self.multiply(q, k, v, mask, cache)
+
+
+class Places(Attention):
+    """The same rotation, in the first layer at the end of a head and in the last at its start."""
+
+    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
+        still = 0 if self.layer else 4
+
+        def rotated(x: mx.array) -> mx.array:
+            options = {"traditional": True, "base": 9.0, "scale": 1.0}
+            moved = mx.fast.rope(x[..., still:], 4, offset=position, **options)
+            return mx.concatenate([x[..., :still], moved], axis=-1)
+
+        return rotated(q), rotated(k)
+
+
 class KeysAfter(Attention):
     """The keys are scaled after they were fetched: all of them alike, so nothing depends on it."""
 
@@ -203,250 +226,9 @@ KEEPS = [
     Still,
     EveryOther,
     Absent,
+    Swapped,
+    Places,
     KeysAfter,
     Feeder,
     Shares,
 ]
-
-
-# What breaks it.
-
-
-class Embedded(Attention):
-    """Learned absolute positions."""
-
-    embedded = True
-
-    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
-        return q, k
-
-
-class Alibi(Attention):
-    """ALiBi, with distances counted from the cache's offset."""
-
-    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        end = k.shape[2] if cache is None else max(cache.offset, k.shape[2])
-        distances = mx.arange(end - q.shape[2], end)[:, None] - mx.arange(k.shape[2])
-        slopes = mx.array([0.5, 0.25, 0.12, 0.06])[:, None, None]
-        bias = mx.where(distances >= 0, -slopes * distances, -mx.inf)
-        return super().multiply(q, k, v, bias, cache)
-
-
-class NormAfter(Attention):
-    """A norm with weights after the rotation: what it weighs depends on the position."""
-
-    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
-        q, k = super().rotate(q, k, position)
-        return mx.fast.rms_norm(q, 1 + self.weight, 1e-5), mx.fast.rms_norm(k, None, 1e-5)
-
-
-class OwnWindow(Attention):
-    """A sliding window that no cache knows of, in a mask of its own."""
-
-    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        n, L = k.shape[2], q.shape[2]
-        behind = mx.arange(n - L, n)[:, None] - mx.arange(n)
-        return super().multiply(q, k, v, (behind >= 0) & (behind < 5), cache)
-
-
-class Growing(Attention):
-    """Queries grow with the logarithm of the position."""
-
-    start = 4
-
-    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
-        positions = mx.arange(position, position + q.shape[2])[:, None]
-        q, k = super().rotate(q, k, position)
-        return q * (1 + mx.log(1 + positions // self.start)), k
-
-
-class GrowingLate(Growing):
-    """The same, far beyond the few tokens of a check."""
-
-    start = 5000
-
-
-class KeysWeighed(Attention):
-    """Keys are weighed by dimension after they were fetched."""
-
-    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        return super().multiply(q, k * (1 + self.weight), v, mask, cache)
-
-
-class KeysSummed(Attention):
-    """Every key takes its neighbour's in, by their order in the cache."""
-
-    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        return super().multiply(q, k + mx.roll(k, 1, axis=2), v, mask, cache)
-
-
-class Turned(Attention):
-    """Dynamic: the embedding changes once the text is long."""
-
-    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
-        slower = 2.0 if position > 4000 else 1.0
-        return tuple(
-            mx.fast.rope(
-                x, HEAD_DIM, traditional=False, base=100.0, scale=1 / slower, offset=position
-            )
-            for x in (q, k)
-        )
-
-
-class TwoRopes(Attention):
-    """Two embeddings on one head."""
-
-    def rotate(self, q: mx.array, k: mx.array, position: int) -> tuple[mx.array, mx.array]:
-        q, k = super().rotate(q, k, position)
-        return tuple(
-            mx.concatenate(
-                [
-                    x[..., :4],
-                    mx.fast.rope(
-                        x[..., 4:], 4, traditional=True, base=9.0, scale=1.0, offset=position
-                    ),
-                ],
-                axis=-1,
-            )
-            for x in (q, k)
-        )
-
-
-class Forgetful(Attention):
-    """The last layer feeds its cache with nothing, and sees the call's tokens only."""
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        if self.layer == 0:
-            return super().attend(q, k, v, mask, cache)
-        causal = None if q.shape[2] == 1 else "causal"
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.35, mask=causal)
-
-
-class Twice(Attention):
-    """Feeds its cache twice."""
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        if cache is not None:
-            cache.update_and_fetch(k, v)
-        return super().attend(q, k, v, mask, cache)
-
-
-class NoKeys(Attention):
-    """Calls the attention with keys that no cache has seen."""
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        return self.multiply(q, k, v, mask, cache)
-
-
-class Hoarder(Attention):
-    """Keeps its keys itself."""
-
-    held: tuple[mx.array, mx.array] | None = None
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        held = vars(self).get("held_rows")
-        if held is not None and cache is not None:
-            k, v = (mx.concatenate(pair, axis=2) for pair in zip(held, (k, v), strict=True))
-        object.__setattr__(self, "held_rows", (k, v))
-        n, L = k.shape[2], q.shape[2]
-        mask = mx.arange(n - L, n)[:, None] >= mx.arange(n)
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.35, mask=mask)
-
-
-class Counting(Attention):
-    """Counts its tokens itself."""
-
-    def position(self, cache: Any) -> int:
-        return 0 if cache is None else getattr(cache, "tokens", cache.offset)
-
-
-class Cut(Attention):
-    """Sees only the oldest keys of its cache, by their place in it."""
-
-    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        if mask is not None:
-            mask = mask[:, :4] | (mx.arange(mask.shape[0])[:, None] < 0)
-        return OwnProducts.multiply(self, q, k[:, :, :4], v[:, :, :4], mask, cache)
-
-    scores = OwnProducts.scores
-
-
-class Noisy(Attention):
-    """Leaves its dropout on."""
-
-    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        out = super().multiply(q, k, v, mask, cache)
-        return out + 0.1 * mx.random.normal(out.shape)
-
-
-class NotANumber(Attention):
-    """Gives NaN from a long text on."""
-
-    def multiply(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        out = super().multiply(q, k, v, mask, cache)
-        return out * mx.nan if q.shape[2] > 20 else out
-
-
-class Fails(Attention):
-    """Asks a cache for what ours do not have."""
-
-    def position(self, cache: Any) -> int:
-        return 0 if cache is None else cache.its_own_position
-
-
-class FailsLater(Attention):
-    """Fails once the text is longer than it was made for, with more than a line."""
-
-    def position(self, cache: Any) -> int:
-        position = super().position(cache)
-        if 7 < position < 100:
-            raise ValueError("too long:\nmore than 7")
-        return position
-
-
-class SharesAlone(Shares):
-    """Shares keys, and multiplies them itself."""
-
-    multiply = OwnProducts.multiply
-    scores = OwnProducts.scores
-
-
-class AsksWindow(Attention):
-    """Asks a cache that has no window for the mask of one."""
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        if mask is not None and cache is not None:
-            mask = cache.make_mask(q.shape[2], window_size=5, return_array=True)
-        return super().attend(q, k, v, mask, cache)
-
-
-CHECK = "it is not known, and a check of the contract fails: "
-PLAIN = CHECK + "it differs from plain mlx-lm (logits differ by "
-CALLS = CHECK + "calls of [1] tokens change the result (logits differ by "
-FAR = CHECK + "at position 6144 it is another (logits differ by "
-
-BREAKS: dict[type[Attention], str] = {
-    Embedded: CALLS,
-    Alibi: CALLS,
-    NormAfter: CALLS,
-    OwnWindow: CALLS,
-    Growing: CALLS,
-    GrowingLate: FAR,
-    KeysWeighed: CALLS,
-    KeysSummed: PLAIN,
-    Turned: "its position embedding is not a fixed rotation: it changes with the position",
-    TwoRopes: "a layer has more than one position embedding",
-    Forgetful: CALLS,
-    Twice: "its forward pass fails with a bounded cache (ValueError: ",
-    NoKeys: "attention was called with keys of another layer or call",
-    Hoarder: PLAIN,
-    Counting: CALLS,
-    Cut: CALLS,
-    Noisy: PLAIN,
-    NotANumber: PLAIN + "nan of their spread)",
-    Fails: "its forward pass fails with a bounded cache (AttributeError: 'WatchedCache'",
-    FailsLater: CHECK[:-2] + " (ValueError: too long:)",
-    SharesAlone: CHECK[:-2] + " (ValueError: ",
-    AsksWindow: "the model wants a window of 5 tokens for this layer",
-}
-"""What does not keep the contract, and how the line begins with which it is refused."""

@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from folder import make_folder
 
@@ -22,22 +24,23 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("models") / "good")
 
 
-def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+def run(
+    argv: list[str], capsys: pytest.CaptureFixture[str], command: str = "generate"
+) -> tuple[int, str, str]:
     """Run the command in this process and return its status, stdout and stderr."""
-    from mlx_sink.generate import PROG, main
-
+    module = import_module(f"mlx_sink.{command}")
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: main(argv), PROG)
+        cli.run(lambda: module.main(argv), module.PROG)
     captured = capsys.readouterr()
     return int(left.value.code or 0), captured.out, captured.err
 
 
-def expect_one_line(result: tuple[int, str, str], *words: str) -> None:
+def expect_one_line(result: tuple[int, str, str], *words: str, command: str = "generate") -> None:
     status, out, err = result
     assert status == 2, err
     assert out == ""
     assert err.count("\n") == 1, err
-    assert err.startswith("python -m mlx_sink.generate: error: ")
+    assert err.startswith(f"python -m mlx_sink.{command}: error: ")
     for word in words:
         assert word in err
 
@@ -171,6 +174,45 @@ def _index(weight_map: object) -> Callable[[Path], None]:
     return _replace("model.safetensors.index.json", index)
 
 
+def _shards(weight_map: dict[str, str]) -> Callable[[Path], None]:
+    """Cut the weights into two files, with an index that says what is given otherwise."""
+
+    def damage(folder: Path) -> None:
+        weights = mx.load(str(folder / "model.safetensors"))
+        assert isinstance(weights, dict)
+        (folder / "model.safetensors").unlink()
+        names = sorted(weights)
+        files = {name: f"model-{1 + (i % 2)}.safetensors" for i, name in enumerate(names)}
+        for file in set(files.values()):
+            held = {name: weights[name] for name in names if files[name] == file}
+            mx.save_safetensors(str(folder / file), held)
+        _index(files | weight_map)(folder)
+
+    return damage
+
+
+def _copy(name: str, to: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.copy(folder / name, folder / to) and None
+
+
+def _rename(name: str, to: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).rename(folder / to) and None
+
+
+def _header(**tensors: object) -> Callable[[Path], None]:
+    """Write 40 bytes of data under a header of one's own."""
+    header = json.dumps(tensors).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(40)
+    return _replace("model.safetensors", data)
+
+
+NORM = "model.norm.weight"
+
+
+def _tensor(shape: list[object], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+
+
 HUGE_HEADER = (1 << 62).to_bytes(8, "little") + b"{}"
 LONG_CLAIM = b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'
 
@@ -196,6 +238,52 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "shard missing": (_index({"a": "model-00002.safetensors"}), ["lacks model-00002"]),
     "index broken": (_index([]), ["weight_map"]),
+    "index empty": (_index({}), ["weight_map"]),
+    "index leads outside": (_index({"a": "../model.safetensors"}), ["'../model", "not a file of"]),
+    "index is absolute": (_index({"a": "/etc/model.safetensors"}), ["'/etc/", "not a file of"]),
+    "index names the parent": (_index({"a": ".."}), ["'..'", "not a file of"]),
+    "index names a pickle": (_index({"a": "model.bin"}), ["'model.bin'", "only model*.safe"]),
+    "index names a number": (_index({"a": 3}), ["'3'", "only model*.safe"]),
+    "index of other files": (
+        _shards({NORM: "model-1.safetensors"} | {"lm_head.weight": "model-2.safetensors"}),
+        ["index.json", "is wrong", "holds no tensor"],
+    ),
+    "a tensor twice": (
+        _copy("model.safetensors", "model-old.safetensors"),
+        ["tensor", "model-old.safetensors", "model.safetensors", "remove"],
+    ),
+    "pickled weights": (
+        _rename("model.safetensors", "pytorch_model.bin"),
+        ["pytorch_model.bin is a pickle", "never read", "save_pretrained"],
+    ),
+    "GGUF": (_rename("model.safetensors", "model.gguf"), ["GGUF is not read"]),
+    "weights of another name": (
+        _rename("model.safetensors", "consolidated.safetensors"),
+        ["no model*.safetensors"],
+    ),
+    "weights are a folder": (
+        lambda folder: (folder / "model-2.safetensors").mkdir(),
+        ["model-2.safetensors", "directory"],
+    ),
+    "weights link nowhere": (
+        lambda folder: (folder / "model-2.safetensors").symlink_to("gone"),
+        ["model-2.safetensors", "No such file"],
+    ),
+    "tensors overlap": (_header(a=_tensor([5], 0, 20), b=_tensor([5], 10, 40)), ["'b'", "begin"]),
+    "tensors leave a gap": (_header(a=_tensor([5], 0, 20), b=_tensor([4], 24, 40)), ["'b'"]),
+    "tensor runs backwards": (_header(a=_tensor([5], 0, -20)), ["'a'", "no sizes"]),
+    "tensor of another shape": (_header(a=_tensor([11], 0, 40)), ["'a'", "40 bytes", "shape"]),
+    "tensor without a shape": (_header(a=_tensor(["x"], 0, 40)), ["'a'", "no sizes"]),
+    "tensor is a number": (_header(a=3), ["not a sound safetensors file"]),
+    "bad section": (_edit_config(mlx_sink={"window": 0}), ["mlx_sink section", "window", "got 0"]),
+    "section too large": (
+        _edit_config(mlx_sink={"num_sinks": 4, "window": 61}),
+        ["65", "64 tokens"],
+    ),
+    "code elsewhere": (
+        _edit_config(model_file="../model.py"),
+        ["'../model.py' is not in the folder"],
+    ),
     "no tokenizer": (_remove("tokenizer.json"), ["cannot load"]),
     "tokenizer cut off": (_truncate("tokenizer.json", 100), ["cannot load"]),
     "refused positions": (
@@ -206,13 +294,63 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("command", ["generate", "convert"])
 @pytest.mark.parametrize("case", FOLDERS)
-def test_damaged_folder(case: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_damaged_folder(
+    case: str, command: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     damage, words = FOLDERS[case]
     folder = tmp_path / "model"
     shutil.copytree(good, folder)
     damage(folder)
-    expect_one_line(run(["--model", str(folder), "-p", "the cat"], capsys), *words)
+    rest = {"generate": ["-p", "the cat"], "convert": ["--mlx-path", str(tmp_path / "made")]}
+    result = run(["--model", str(folder), *rest[command]], capsys, command)
+    expect_one_line(result, *words, command=command)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+CONVERSIONS: dict[str, tuple[list[str], list[str]]] = {
+    "no source": (["--hf-path", "./nowhere"], ["'./nowhere' does not exist"]),
+    "no such repository": (["--hf-path", "no-such/repository"], ["no-such/repository"]),
+    "target is there": (["--mlx-path", "{good}"], ["exists", "--mlx-path"]),
+    "target is a file": (["--mlx-path", "{good}/config.json"], ["config.json' exists"]),
+    "target is empty": (["--mlx-path", ""], ["exists"]),
+    "no folder above": (["--mlx-path", "{out}/a/b"], ["cannot be made", "no folder"]),
+    "bits alone": (["--q-bits", "4"], ["q_bits", "without quantize"]),
+    "group alone": (["--q-group-size", "32"], ["q_group_size", "without quantize"]),
+    "mode alone": (["--q-mode", "mxfp4"], ["q_mode", "without quantize"]),
+    "recipe alone": (["--quant-predicate", "mixed_3_6"], ["quant_predicate", "without"]),
+    "recipe and mode": (
+        ["-q", "--quant-predicate", "mixed_3_6", "--q-mode", "mxfp4"],
+        ["quant_predicate", "affine", "mxfp4"],
+    ),
+    "bits": (["-q", "--q-bits", "7", "--q-group-size", "32"], ["cannot be quantised", "7"]),
+    "no bits": (["-q", "--q-bits", "0"], ["q_bits", "at least 1", "got 0"]),
+    "group": (["-q", "--q-group-size", "48"], ["cannot be quantised", "48"]),
+    "group of no layer": (["-q", "--q-group-size", "128"], ["--quantize changes nothing"]),
+    "unknown mode": (["-q", "--q-mode", "int3"], ["--q-mode", "int3"]),
+    "unknown type": (["--dtype", "float8"], ["--dtype", "float8"]),
+    "no text": (["--calibrate", "{out}/none.txt"], ["none.txt", "No such file"]),
+    "binary text": (["--calibrate", "{good}/model.safetensors"], ["UTF-8"]),
+    "short text": (["--calibrate", "{good}/tokenizer_config.json"], ["at least 128 tokens"]),
+    "unknown flag": (["--q-bitz", "4"], ["--q-bitz"]),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSIONS)
+def test_conversion(case: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What is wrong is said before anything is written, and nothing is left behind."""
+    argv, words = CONVERSIONS[case]
+    argv = [a.format(good=good, out=tmp_path) for a in argv]
+    source = [] if "--hf-path" in argv else ["--hf-path", str(good)]
+    target = [] if "--mlx-path" in argv else ["--mlx-path", str(tmp_path / "made")]
+    before = sorted(good.parent.iterdir())
+    status, out, err = run([*source, *target, *argv], capsys, "convert")
+    *progress, line = err.splitlines(keepends=True)
+    expect_one_line((status, out, line), *words, command="convert")
+    assert all(line.startswith("[INFO]") for line in progress)  # nothing is being written
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(good.parent.iterdir()) == before
 
 
 @pytest.mark.parametrize(

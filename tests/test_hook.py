@@ -124,6 +124,26 @@ def test_another_mask_raises(attention: Callable[..., mx.array]):
         attention(queries(4), keys, values, cache=cache, scale=0.3, mask=mask)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_other_calls_do_not_take_a_mask_away(attention: Callable[..., mx.array], elsewhere: bool):
+    """Streams of other threads, or the windows of a model that has a few of them."""
+    cache, others = cache_at(12), 40 if elsewhere else 6
+    mask = cache.make_mask(4, return_array=True)
+
+    def ask() -> None:
+        for n in range(5, 5 + others):
+            cache.make_mask(n, return_array=True)
+
+    if elsewhere:
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    else:
+        ask()
+    keys, values = fetch(cache, 4)
+    attention(queries(4), keys, values, cache=cache, scale=0.3, mask=mask)
+
+
 def test_rings_that_are_alike_share_a_mask():
     """Models ask one cache for the mask of all layers of its kind."""
     one, other = cache_at(12), cache_at(12)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import made_up
+import made_up_broken
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from made_up import BREAKS, KEEPS, VOCABULARY, Attention, FastProducts, Model, OwnProducts
+from made_up import KEEPS, VOCABULARY, Attention, FastProducts, Model, OwnProducts
+from made_up_broken import BREAKS
 from mlx_lm.models import llama
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
@@ -38,7 +40,8 @@ def run(model: nn.Module, caches: Any, lengths: Any = ()) -> np.ndarray:
 
 
 def test_every_kind_is_listed():
-    kinds = {c for c in vars(made_up).values() if inspect.isclass(c) and issubclass(c, Attention)}
+    there = [*vars(made_up).values(), *vars(made_up_broken).values()]
+    kinds = {c for c in there if inspect.isclass(c) and issubclass(c, Attention)}
     assert kinds == {*KEEPS, *BREAKS}
 
 
@@ -77,7 +80,7 @@ def test_kinds_of_layers_in_one_model(first: type[Attention], second: type[Atten
 
 def test_a_refused_model_goes_on_as_it_was():
     """A wrapped rope or a cache that is left behind would change it."""
-    for kind in (made_up.Cut, made_up.NormAfter, made_up.Alibi):
+    for kind in (made_up_broken.Cut, made_up_broken.NormAfter, made_up_broken.Alibi):
         model = Model(kind)
         before = run(model, make_prompt_cache(model), [60])
         names = [name for name, _ in model.named_modules()]
@@ -173,7 +176,19 @@ def test_a_model_file_that_comes_with_the_weights():
     assert getattr(getattr(module, HOOKED), MARK)
     ours, theirs = (run(m, m.make_cache(), mixed(9, 1)) for m in (model, alike))
     assert np.array_equal(ours, theirs)
-    assert refusal(module.Model(module.Alibi)).startswith(CHECK_LINE)
+    broken = type("Broken", (module.Attention,), {"position": made_up_broken.Counting.position})
+    assert refusal(module.Model(broken)).startswith(CHECK_LINE)
+
+
+def test_parts_whose_bases_are_of_another_module():
+    """What runs is defined there, and is hooked there."""
+    spec = importlib.util.spec_from_file_location("elsewhere", Path(made_up.__file__))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = type("Model", (module.Model,), {})(type("Own", (module.Attention,), {}))
+    report = attach(model, CONFIG)
+    assert {layer.attention for layer in report.layers} == {"mlx_sink"}
+    assert getattr(getattr(module, HOOKED), MARK)
 
 
 def test_what_is_derived_from_a_model_of_mlx_lm():

@@ -20,7 +20,7 @@ MODULES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})
 NAMES = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in MODULES]
 
 LAYERS = [
-    {"errors"},
+    {"errors", "atomic"},
     {"config", "group", "lending", "store", "trees"},
     {"ring", "rope"},
     {"reference", "storage"},

@@ -29,7 +29,7 @@ def test_python_examples_run(capsys: pytest.CaptureFixture[str]):
         assert re.search(r"\d+ tokens seen, \d+ bytes held", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["generate", "plan", "compare"])
+@pytest.mark.parametrize("name", ["generate", "convert", "plan", "compare"])
 def test_commands_are_understood(name: str):
     """Every flag of every command in the README exists."""
     text = "\n".join(blocks("sh")).replace("\\\n", " ")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -250,6 +251,25 @@ def test_tables_are_kept_by_key_and_forgotten():
         np.testing.assert_allclose(np.array(rotation.turn(x, [b + 1], key=b)), expected, atol=2e-6)
     assert len(rotation._recent) <= 4
     assert mx.array_equal(rotation.turn(x, [1], key=0), first)
+
+
+class Raced(dict[Any, Any]):
+    """A dictionary from which another thread takes what this one has just looked up."""
+
+    def __iter__(self) -> Iterator[Any]:
+        oldest = min(self.keys())
+        del self[oldest]
+        return iter([oldest])
+
+
+def test_streams_in_several_threads_share_the_tables():
+    """A server's streams are of one model: what one forgets another may have forgotten."""
+    rotation, x = Rotation(plain(HEAD_DIM)), mx.array(vectors(1))
+    rotation._recent = Raced()
+    for b in range(12):
+        expected = rotate(np.array(x), np.array([b]), CASES["plain"])
+        np.testing.assert_allclose(np.array(rotation.turn(x, [b], key=b)), expected, atol=2e-6)
+    assert rotation._recent.keys() == {8, 9, 10, 11}
 
 
 def test_copies_share_the_rotation():

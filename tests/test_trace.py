@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import made_up
+import made_up_broken
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -139,7 +139,7 @@ def test_queries_that_are_rotated_later_are_of_their_own_layer():
 
 def test_a_layer_with_two_embeddings_is_refused():
     with pytest.raises(UnsupportedModelError, match="more than one position embedding"):
-        seen_of(made_up.TwoRopes)
+        seen_of(made_up_broken.TwoRopes)
 
 
 @pytest.mark.parametrize("late", ["base", "dims", "pairing", "freqs", "none"])
@@ -256,7 +256,7 @@ def test_attaching_from_several_threads():
     assert mx.fast.rope is ROPE
 
 
-@pytest.mark.parametrize("kind", [made_up.Fails, made_up.TwoRopes, Attention])
+@pytest.mark.parametrize("kind", [made_up_broken.Fails, made_up_broken.TwoRopes, Attention])
 def test_rope_is_what_it_was_afterwards(kind: type[Attention]):
     """Whatever happened: the patch of a moment would slow down and hold on to every call."""
     try:
@@ -275,6 +275,26 @@ def test_functions_with_a_rotation_inside_are_restored_too():
     report = attach(model, CONFIG)
     assert muse_spark.qk_norm_rope is original
     assert "rope" in {layer.positions for layer in report.layers}
+
+
+def test_rotations_inside_of_other_functions_are_seen(monkeypatch: pytest.MonkeyPatch):
+    """On Metal the kernel rotates itself, and `mx.fast.rope` is never called in those layers."""
+    model = tiny("muse_spark")
+    known = attach(model, CONFIG), [cache.rotation for cache in model.make_cache()]
+    fused = muse_spark.qk_norm_rope
+
+    def silent(*args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(mx.fast, "rope", ROPE)
+            return fused(*args, **options)
+
+    monkeypatch.setattr(muse_spark, "qk_norm_rope", silent)
+    report, rotations = attach(model, CONFIG), [c.rotation for c in model.make_cache()]
+    assert str(report) == str(known[0])
+    assert not all(rotation.is_identity for rotation in rotations)
+    for ours, theirs in zip(rotations, known[1], strict=True):
+        assert np.array_equal(ours.frequencies, theirs.frequencies)
+        assert (ours.interleaved, ours.start) == (theirs.interleaved, theirs.start)
 
 
 def test_a_rope_that_fails_restores_too():
