@@ -136,7 +136,6 @@ class _Run:
         )
         self.model = model
         config, _ = own_settings.apply(own, context, args.num_sinks, args.window)
-        config.check_context(context)
         ids = self.encode(self.text)
         self.inputs, targets = losses.cut(ids, self.tokenizer.bos_token_id)
         facts = machine()

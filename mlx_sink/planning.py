@@ -175,7 +175,6 @@ def plan(
     model = skeleton.build(read, dtype)
     context = trained_context(model) or checkpoint.trained_context(read)
     config, _ = settings.apply(settings.Settings.of(read), context, num_sinks, window)
-    config.check_context(context)
     costs = costs_of(model, config)
     capacity = config.capacity
     found = {
