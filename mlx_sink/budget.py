@@ -102,6 +102,7 @@ def plan(
     limit: int,
     config: SinkConfig | None = None,
     *,
+    context: int | None = None,
     batch: int = 1,
     prefill_step_size: int = PREFILL_STEP,
 ) -> Plan:
@@ -111,6 +112,8 @@ def plan(
         model: A model from ``mlx_lm.load``; its weights count as they are.
         limit: Bytes that MLX may hold.
         config: Everything but the window; by default 4 sinks.
+        context: Positions the model was trained on, in tokens; those that its arguments say,
+            unless stated. (Not all of mlx-lm's do: config.json does.)
         batch: Sequences that run together.
         prefill_step_size: Tokens read at once.
 
@@ -122,7 +125,8 @@ def plan(
         UnsupportedModelError: As in `attach`.
     """
     _check_device(limit)
-    return largest(model, limit, config, batch=batch, prefill_step_size=prefill_step_size)
+    step = prefill_step_size
+    return largest(model, limit, config, context=context, batch=batch, prefill_step_size=step)
 
 
 def largest(
@@ -130,6 +134,7 @@ def largest(
     limit: int,
     config: SinkConfig | None = None,
     *,
+    context: int | None = None,
     batch: int = 1,
     prefill_step_size: int = PREFILL_STEP,
 ) -> Plan:
@@ -143,7 +148,7 @@ def largest(
         room = batch * workspace(model, sized, report, prefill_step_size)
         return Plan(limit, sized, report, weights, batch * report.nbytes, room)
 
-    context = trained_context(model) or LONGEST
+    context = context or trained_context(model) or LONGEST
     smallest, most = of(1), max(1, context - base.num_sinks)
     if smallest.total > limit:
         raise ConfigError(_too_small(smallest, of(min(most, 1024)), limit))

@@ -137,7 +137,9 @@ class _Run:
         if saved or window is not None:
             self.plan = budget.check(self.model, limit, config, step)
         else:
-            self.plan = budget.plan(self.model, limit, config, prefill_step_size=step)
+            self.plan = budget.plan(
+                self.model, limit, config, context=context, prefill_step_size=step
+            )
         print(self.plan, file=sys.stderr)
         if window is None and sources:
             sources["window"] = "--memory"

@@ -233,9 +233,8 @@ def _fit(model: nn.Module, costs: Costs, gib: int, context: int | None) -> dict[
     window = None
     if costs.rings and room > 0:
         with suppress(ConfigError):  # Not even a window of one token fits.
-            window = budget.largest(model, working_set(gib), config).config.window
-    if window and context:
-        window = min(window, context - config.num_sinks)
+            found = budget.largest(model, working_set(gib), config, context=context)
+            window = found.config.window
     return {
         "memory_gib": gib,
         "beside_weights": max(0, room),

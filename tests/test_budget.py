@@ -124,6 +124,9 @@ def test_what_is_planned_follows_the_model():
 def test_never_beyond_what_the_model_was_trained_on():
     model = build("llama", layers=1, max_position_embeddings=512)
     assert plan(model, 10**9).config == SinkConfig(4, 508)
+    # Some models do not keep it, and config.json says it.
+    model = build("llama", layers=1, max_position_embeddings=None)
+    assert plan(model, 10**9, context=256).config == SinkConfig(4, 252)
 
 
 def test_too_little_says_what_would_do():

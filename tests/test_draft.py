@@ -119,7 +119,7 @@ class Chain:
 def test_each_reads_only_words_that_it_knows(words: int):
     """An index beyond the embedding reads anything, and MLX does not say so."""
     model, draft = Chain(1), Chain(2, words)
-    mine = Loop(model, [], key=mx.random.key(1), draft=Draft(draft, [], 2))  # type: ignore[arg-type]
+    mine = Loop(model, [], key=mx.random.key(1), draft=Draft(draft, [], 2))
     mine.read([0, 4, 2])
     assert len(set(tokens(mine, 100, Sampling(make_sampler(1.0))))) == 5
     assert model.most == 4
@@ -132,7 +132,7 @@ def test_without_a_key_of_its_own_the_distribution_is_the_model_s():
     Drawing anew after a wrong guess, for one, would make what the draft likes more frequent.
     """
     model, draft = Chain(1), Chain(2)
-    mine = Loop(model, [], key=None, draft=Draft(draft, [], 1))  # type: ignore[arg-type]
+    mine = Loop(model, [], key=None, draft=Draft(draft, [], 1))
     mine.read([0])
     mx.random.seed(1)
     text = [0, *tokens(mine, 4000, Sampling(make_sampler(1.0)))]

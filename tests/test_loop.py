@@ -240,7 +240,7 @@ def test_a_broken_step_is_not_gone_on_from():
     model = small()
     mine = loop(model)
     mine.read(PROMPT)
-    mine.model = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment]
+    mine.model = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         next(mine.tokens(Sampling()))
     mine.model = model
