@@ -206,7 +206,7 @@ def draw(axes: Any, panel: Panel, span: tuple[float, float] | None = None) -> No
         axes.set_ylim(-0.05, 1.05)
     elif panel.drawn:
         _scale(axes, panel.write, span or (min(panel.drawn), max(panel.drawn)))
-    wide = max(map(len, panel.rows), default=0) > 6
+    wide = max(map(len, panel.rows), default=0) > 5
     axes.set_xticks(
         places, panel.rows, rotation=20 if wide else 0, ha="right" if wide else "center"
     )
