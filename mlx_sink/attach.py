@@ -14,7 +14,7 @@ from mlx_sink.architectures import VERIFIED, position_limit, refusal
 from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
-from mlx_sink.group import leaves
+from mlx_sink.group import leaves, rollback_of
 from mlx_sink.hook import hook
 from mlx_sink.layers import bounded_caches, common_epoch, native_caches
 from mlx_sink.report import LayerReport, Report, report_of
@@ -248,7 +248,7 @@ def _plan(near: Seen, far: Seen, rotations: _Rotations) -> _Plan:
 def _check_rollback(caches: Sequence[Any], config: SinkConfig) -> None:
     """Raise if tokens are to be taken back, and a layer's cache cannot do that."""
     for i, cache in enumerate(caches):
-        if config.rollback and not cache.is_trimmable():
+        if rollback_of(cache) < config.rollback:
             raise UnsupportedModelError(
                 f"layer {i} has a {type(cache).__name__}, which cannot take tokens back: "
                 f"leave rollback ({config.rollback}) and draft models out"
