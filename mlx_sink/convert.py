@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.nn as nn
-import mlx_lm
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink import atomic, checkpoint, cli, settings, writing
@@ -28,8 +27,8 @@ from mlx_sink.attach import attach, detach
 from mlx_sink.calibrate import Calibration, calibrate, read
 from mlx_sink.calibration_files import SAMPLE, sample_text, write_calibration
 from mlx_sink.checkpoint import Checkpoint, first_line
-from mlx_sink.errors import ModelError, OutputError
-from mlx_sink.load import find, is_remote, load_unattached
+from mlx_sink.errors import OutputError
+from mlx_sink.load import by_mlx_lm, find, is_remote, load_unattached
 from mlx_sink.prompt import read_text
 from mlx_sink.recipe import Recipe, rewritten, total, weights_of
 from mlx_sink.report import Report, format_bytes
@@ -117,7 +116,14 @@ def convert(
     start = time.perf_counter()
     target, recipe = _target(Path(mlx_path)), recipe or Recipe()
     source = checkpoint.check(find(str(hf_path), revision))
-    model, tokenizer, config = _load(str(hf_path), source, trust_remote_code)
+    # Lazily: shapes and types are known, no weight is read yet.
+    model, tokenizer, config = by_mlx_lm(
+        str(hf_path),
+        source.path,
+        lazy=True,
+        model_config=checkpoint.for_mlx_lm(source.config),
+        trust_remote_code=trust_remote_code,
+    )
     own = Settings.of(config)
     context = checkpoint.trained_context(config)
     report = _report(model, own, context)
@@ -153,22 +159,6 @@ def _target(path: Path) -> Path:
         raise OutputError(f"{str(path)!r} cannot be made: there is no folder {str(path.parent)!r}")
     atomic.clean(path)
     return path
-
-
-def _load(name: str, source: Checkpoint, trust: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Load lazily: shapes and types are known, no weight is read yet."""
-    try:
-        loaded = mlx_lm.load(
-            str(source.path),
-            lazy=True,
-            return_config=True,
-            model_config=checkpoint.for_mlx_lm(source.config),
-            tokenizer_config={"trust_remote_code": trust},
-            trust_remote_code=trust,
-        )
-    except Exception as error:
-        raise ModelError(f"cannot load model {name!r}: {first_line(error)}") from error
-    return cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
 
 
 def _report(model: nn.Module, own: Settings, context: int | None) -> Report:
@@ -215,9 +205,7 @@ def _write_card(folder: Path, name: str) -> None:
 
 def _calibrated(folder: Path, on: Text, trust: bool) -> tuple[Calibration, Report]:
     """Measure the model as it was written, and write down what was found."""
-    loaded = load_unattached(
-        folder, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust
-    )
+    loaded = load_unattached(folder, trust_remote_code=trust)
     found = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
     for message in write_calibration(folder, found, on.name):
         say(message)

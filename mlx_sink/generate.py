@@ -89,7 +89,6 @@ class _Run:
         loaded = load_unattached(
             args.model,
             adapter_path=args.adapter_path,
-            tokenizer_config={"trust_remote_code": args.trust_remote_code},
             trust_remote_code=args.trust_remote_code,
         )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
