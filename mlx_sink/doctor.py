@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +28,7 @@ from mlx_sink.errors import ConfigError
 from mlx_sink.kernels import decode, prefillcheck, selfcheck, source
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.selfcheck import Specialisation
+from mlx_sink.measure import versions
 from mlx_sink.ring import Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
 from mlx_sink.storage import Packed, packed
@@ -226,15 +226,8 @@ def _machine() -> dict[str, str]:
         "processor": platform.processor() or platform.machine(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("mlx-sink", "mlx", "mlx-lm")},
+        **versions(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def as_text(found: dict[str, Any]) -> str:

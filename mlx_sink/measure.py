@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
+import mlx_sink
+
 FAST_GFLOPS = 10.0
 """A core of this century reaches more than this with a tuned BLAS, and less with a plain one."""
 
@@ -36,8 +38,24 @@ def machine() -> dict[str, Any]:
         "fast_blas": on_gpu or gflops > FAST_GFLOPS,
         "python": platform.python_version(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        **{name: metadata.version(name) for name in ("mlx-sink", "mlx", "mlx-lm")},
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what results depend on; of this package, that of the code that runs.
+
+    A checkout on ``PYTHONPATH`` need not be installed, and another one may be.
+    """
+    others = {name: _installed(name) for name in ("mlx", "mlx-lm")}
+    return {"mlx-sink": mlx_sink.__version__, **others}
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def matmul_gflops(n: int = 512) -> float:

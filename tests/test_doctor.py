@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import metadata
 from pathlib import Path
 
 import host_metal
 import mlx.core as mx
 import pytest
 
+import mlx_sink
 from mlx_sink.doctor import main
 from mlx_sink.errors import ConfigError
 from mlx_sink.kernels import prefillcheck, selfcheck, source
+from mlx_sink.measure import machine
 
 SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
 
@@ -41,6 +44,27 @@ def test_without_metal_it_says_so_and_times_the_rest(capsys: pytest.CaptureFixtu
         assert row["sdpa_us"] > 0
     assert main(SMALL) == 0
     assert "no Metal on this machine" in capsys.readouterr().out
+
+
+def test_a_checkout_need_not_be_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """It is found on PYTHONPATH, and there is no metadata; then that of nothing else either."""
+    hidden = {"mlx-sink"}
+
+    def from_name(name: str) -> metadata.Distribution:
+        if name in hidden:
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    real = metadata.Distribution.from_name
+    monkeypatch.setattr(metadata.Distribution, "from_name", from_name)
+    for mlx in (mx.__version__, "not installed"):
+        assert main([*SMALL, "--json"]) == 0
+        of_doctor = json.loads(capsys.readouterr().out)["machine"]
+        for found in (machine(), of_doctor):
+            assert (found["mlx-sink"], found["mlx"]) == (mlx_sink.__version__, mlx)
+        hidden |= {"mlx", "mlx-lm"}
 
 
 @pytest.mark.usefixtures("metal")

@@ -15,8 +15,8 @@ from mlx_sink.plan import main
 
 REPOSITORIES = ["gpt2", "me/model", "me/model-1.5_b", "2ndrepo"]
 NO_NAMES = [
-    "", "./nowhere", "/nowhere/model", "a/b/c", "~nobody/model", "a b", "me/", "-x", "./" + "x" * 5000,
-    "a/config.json", "config.json", "\0", "a\nb",
+    "", "./nowhere", "/nowhere/model", "a/b/c", "~nobody/model", "a b", "me/", "-x",
+    "./" + "x" * 5000, "a/config.json", "config.json", "\0", "a\nb",
 ]  # fmt: skip
 
 
