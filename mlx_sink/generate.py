@@ -24,12 +24,15 @@ from mlx_sink.follow import Follower
 from mlx_sink.load import DEMO, load_draft, load_unattached
 from mlx_sink.report import Report
 from mlx_sink.runner import Answering, Runner
-from mlx_sink.session import Described
+from mlx_sink.session import Saved
 from mlx_sink.settings import Settings
 from mlx_sink.stream import Stream
 from mlx_sink.summary import summary
 
 PROG = "python -m mlx_sink.generate"
+TEXTS = ("prompt", "system_prompt", "prefill_response", "stop", "extra_eos_token", "marker")
+"""Options whose values are text, and not names of files."""
+
 DEMO_TEMP = 0.7
 """Temperature for the demo model, unless stated: without one it repeats itself."""
 
@@ -96,14 +99,19 @@ class _Run:
         self.plan: budget.Plan | None = None
         self.report = self._attach(loaded.context, loaded.settings, saved)
         how = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
-        note: dict[str, Any] = saved.note if saved else {}
+        note: dict[str, Any] = {**(saved.note if saved else {})}
         note["settings"] = how | turns.settings(args)
         for token in args.extra_eos_token:
-            self.tokenizer.add_eos_token(token)
+            try:
+                self.tokenizer.add_eos_token(token)
+            except ValueError:
+                raise ConfigError(
+                    f"--extra-eos-token must be a token of the model, got {token!r}"
+                ) from None
         self.chosen = sampling.sampling(how, self.tokenizer)
         draft = self._draft_options()
-        if saved and self.file:
-            self.stream = Stream.resume(self.file, self.model, self.tokenizer, **draft)
+        if saved:
+            self.stream = Stream.resume(saved, self.model, self.tokenizer, **draft)
             written = note.get("place", {}).get("written", 0)
             self._say(f"going on at token {self.stream.position}, after {written} bytes of text")
         else:
@@ -117,14 +125,14 @@ class _Run:
     def _say(self, line: str) -> None:
         print(f"session {str(self.file)!r}: {line}", file=sys.stderr, flush=True)
 
-    def _attach(self, context: int | None, own: Settings, saved: Described | None) -> Report:
+    def _attach(self, context: int | None, own: Settings, saved: Saved | None) -> Report:
         args = self.args
         num_sinks, window = args.num_sinks, args.window
         if args.pin_system_prompt:
             num_sinks = max(self.asked.pinned(), num_sinks or own.num_sinks or 0)
         sources: dict[str, str] = {}
         if saved:
-            config = SinkConfig.from_dict(saved.config)
+            config = saved.config
         else:
             config, sources = own_settings.apply(own, context, num_sinks, window)
             rollback = _num_draft_tokens(args) if args.draft_model else 0
@@ -263,6 +271,8 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} must be at least 1, got {getattr(args, name)}")
+    for name in TEXTS:
+        _check_text(f"--{name.replace('_', '-')}", getattr(args, name))
     if args.num_draft_tokens is not None and args.draft_model is None:
         raise ConfigError("--num-draft-tokens needs --draft-model")
     if _num_draft_tokens(args) < 1:
@@ -276,6 +286,15 @@ def _check(args: argparse.Namespace) -> None:
         budget.parse_bytes(args.memory)
     follow.check(args)
     sampling.check(args)
+
+
+def _check_text(flag: str, value: str | Sequence[str] | None) -> None:
+    """Raise for bytes that are no UTF-8: they come as halves of pairs, and cannot be written."""
+    for text in [value] if isinstance(value, str) else value or ():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{flag} must be UTF-8, got {text!a}") from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,6 +14,9 @@ from mlx_sink.errors import ConfigError
 
 CONTEXT = 20
 """Newest tokens that a penalty looks at unless stated, as in mlx-lm."""
+
+MOST = 2**31
+"""What numbers of tokens are less than: MLX counts in 32 bits."""
 
 PENALTIES = {
     "repetition": "logits of tokens that came up are divided by this",
@@ -46,7 +50,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: A value is out of range.
     """
-    if args.temp is not None and args.temp < 0:
+    if args.temp is not None and not 0 <= args.temp < math.inf:
         raise ConfigError(f"--temp must be at least 0, got {args.temp}")
     for name, most in (("top_p", 1), ("min_p", 1), ("xtc_probability", 1), ("xtc_threshold", 0.5)):
         value = getattr(args, name)
@@ -54,13 +58,18 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{_flag(name)} must be from 0 to {most}, got {value}")
     least = {"top_k": 0, "min_tokens_to_keep": 1} | {f"{n}_context_size": 1 for n in PENALTIES}
     for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            raise ConfigError(
-                f"{_flag(name)} must be at least {minimum}, got {getattr(args, name)}"
-            )
+        value = getattr(args, name)
+        if value < minimum:
+            raise ConfigError(f"{_flag(name)} must be at least {minimum}, got {value}")
+        if value >= MOST:
+            raise ConfigError(f"{_flag(name)} must be less than {MOST}, got {value}")
     penalty = args.repetition_penalty
-    if penalty is not None and penalty <= 0:
+    if penalty is not None and not 0 < penalty < math.inf:
         raise ConfigError(f"--repetition-penalty must be more than 0, got {penalty}")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{_flag(name)} must be a number, got {value}")
 
 
 def _flag(name: str) -> str:
@@ -84,12 +93,16 @@ def sampling(settings: dict[str, Any], tokenizer: Any) -> Sampling:
     """Build what `settings` describes from mlx-lm's samplers and logits processors.
 
     Raises:
-        ConfigError: ``top_k`` is not below the size of the vocabulary.
+        ConfigError: ``top_k`` is not below the size of the vocabulary, or
+            ``min_tokens_to_keep`` above it.
     """
-    values = dict(settings)
-    if values["top_k"] >= len(tokenizer):
+    values, n = dict(settings), len(tokenizer)
+    if values["top_k"] >= n:
+        raise ConfigError(f"--top-k must be below the vocabulary's {n}, got {values['top_k']}")
+    if values["min_tokens_to_keep"] > n:
         raise ConfigError(
-            f"--top-k must be below the vocabulary's {len(tokenizer)}, got {values['top_k']}"
+            f"--min-tokens-to-keep must be at most the vocabulary's {n}, "
+            f"got {values['min_tokens_to_keep']}"
         )
     penalties = {
         f"{name}_{end}": values.pop(f"{name}_{end}")

@@ -21,7 +21,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, Rotating
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_sink
-from mlx_sink import CacheError, OutputError, SessionError, SinkConfig, Stream, store
+from mlx_sink import CacheError, OutputError, SessionError, SinkConfig, Stream, session, store
 from mlx_sink.trees import copied, pack, unpack
 
 CONFIG = SinkConfig(num_sinks=4, window=20, epoch=32)
@@ -72,6 +72,21 @@ def test_resumed_text_is_the_uninterrupted_one(at: int, loaded: tuple[Any, Any],
     assert write(resumed, 120 - at) == later
     assert (first[0] + later[0], first[1] + later[1]) == (tokens, text)
     assert os.listdir(tmp_path) == [file.name]
+
+
+def test_two_streams_of_one_reading(loaded: tuple[Any, Any], tmp_path: Path):
+    """What was read stays as it is: neither stream writes into it, or into the other."""
+    stream = fed(loaded)
+    write(stream, 40)
+    stream.save(tmp_path / "s", {"a": [1]})
+    saved = session.read(tmp_path / "s")
+    (tmp_path / "s").unlink()
+    expected = write(stream, 60)
+    for _ in range(2):
+        resumed = Stream.resume(saved, *loaded)
+        assert write(resumed, 60) == expected
+        resumed.note["a"].append(2)
+    assert saved.note == {"a": [1]}
 
 
 def test_saved_in_the_middle_of_an_answer(loaded: tuple[Any, Any], tmp_path: Path):
