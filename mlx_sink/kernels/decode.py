@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import arguments, source
+from mlx_sink.kernels import inputs, source
 from mlx_sink.ring import Block, KeyRange, Layout, Turn
 from mlx_sink.rope import Rotation
 
@@ -120,7 +120,7 @@ def _range_rows(block: Block, window: int, packed: bool) -> list[tuple[int, ...]
         edge = int(_is_edge(r, block, window))
         # Only small differences count, and tokens of an endless stream outgrow int32.
         token = max(r.token - block.first, -r.length) if r.sinks else r.token - block.first
-        reach = arguments.FAR if r.sinks else window
+        reach = inputs.FAR if r.sinks else window
         rows.append((r.row, r.length, int(r.turn), edge, token, reach, 0, 0))
     return rows
 
@@ -200,26 +200,26 @@ def decode(
         (softcap is not None, None if learned_sinks is None else tuple(learned_sinks.shape)),
         splits,
     )
-    inputs = [
+    arrays = [
         *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
-        *(arguments.logits(learned_sinks), arguments.scalars(scale, softcap)),
+        *(inputs.logits(learned_sinks), inputs.scalars(scale, softcap)),
     ]
-    return launched(_pass_1(), launch, inputs, queries.dtype)
+    return launched(_pass_1(), launch, arrays, queries.dtype)
 
 
 def launched(
-    pass_1: source.Kernel, launch: Launch, inputs: Sequence[mx.array], dtype: mx.Dtype
+    pass_1: source.Kernel, launch: Launch, arrays: Sequence[mx.array], dtype: mx.Dtype
 ) -> mx.array:
     """Launch a first pass, and the second if there are splits to merge.
 
     Args:
         pass_1: The kernel.
         launch: Its grid and template.
-        inputs: Its inputs; the sixth are the learned sinks.
+        arrays: Its inputs; the sixth are the learned sinks.
         dtype: Of the result.
     """
     (out,) = pass_1(
-        inputs=inputs,
+        inputs=arrays,
         template=launch.template,
         grid=launch.grid,
         threadgroup=launch.threadgroup,
@@ -229,7 +229,7 @@ def launched(
     if launch.shape == launch.out:
         return out
     (out,) = _pass_2()(
-        inputs=[out, inputs[5]],
+        inputs=[out, arrays[5]],
         template=launch.merge,
         grid=launch.merge_grid,
         threadgroup=(32, 1, 1),
@@ -256,7 +256,7 @@ def launch_of(
     The last argument is bits of keys and of values and the group size, if they are quantised.
     """
     batch, n, live, last = tables
-    arguments.check(
+    inputs.check(
         *(q, k, v, dtypes),
         batch=batch,
         n=n,

@@ -12,7 +12,7 @@ import functools
 import mlx.core as mx
 
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import arguments, decode, source
+from mlx_sink.kernels import decode, inputs, source
 from mlx_sink.kernels.decode import Tables
 from mlx_sink.storage import Packed
 
@@ -67,12 +67,12 @@ def decode_packed(
         splits,
         (keys.bits, values.bits, keys.group_size),
     )
-    inputs = [
+    arrays = [
         *(mx.contiguous(queries), _plain(keys), _plain(values), tables.ranges, tables.turns),
-        *(arguments.logits(learned_sinks), arguments.scalars(scale, softcap, keys.n_sinks)),
+        *(inputs.logits(learned_sinks), inputs.scalars(scale, softcap, keys.n_sinks)),
         *(part for rows in (keys, values) for part in _parts(rows)),
     ]
-    return decode.launched(_pass_1(), launch, inputs, queries.dtype)
+    return decode.launched(_pass_1(), launch, arrays, queries.dtype)
 
 
 def _plain(rows: Packed) -> mx.array:

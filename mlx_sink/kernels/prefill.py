@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import arguments, source
+from mlx_sink.kernels import inputs, source
 from mlx_sink.ring import Block, KeyRange, Layout, Turn
 from mlx_sink.rope import Rotation
 
@@ -127,7 +127,7 @@ def _range_row(r: KeyRange, block: Block, window: int) -> tuple[int, ...]:
     # The last query sees no window key before `oldest`, the first none after itself.
     oldest = r.token if r.sinks else block.last - window
     seen_from, seen_to = max(0, oldest - r.token), min(r.length, block.first + 1 - r.token)
-    reach = arguments.FAR if r.sinks else window
+    reach = inputs.FAR if r.sinks else window
     return (r.row, r.length, int(r.turn), token, reach, seen_from, seen_to, 0)
 
 
@@ -193,7 +193,7 @@ def prefill(
     (out,) = _kernel()(
         inputs=[
             *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
-            *(arguments.logits(learned_sinks), arguments.scalars(scale, softcap)),
+            *(inputs.logits(learned_sinks), inputs.scalars(scale, softcap)),
         ],
         template=launch.template,
         grid=launch.grid,
@@ -217,7 +217,7 @@ def _launch(
     """Check a call and lay it out; once for all calls that look alike."""
     batch, n, last, size = tables
     capped, learned = options
-    arguments.check(
+    inputs.check(
         *(q, k, v, dtypes), batch=batch, n=n, last=last, dims=rotation[0], learned=learned
     )
     (B, H, L, D), DV, dtype = q, v[3], dtypes[0]

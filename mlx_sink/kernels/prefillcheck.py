@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_sink import reference
-from mlx_sink.kernels import arguments, prefill, selfcheck, source, trial
+from mlx_sink.kernels import inputs, prefill, selfcheck, source, trial
 from mlx_sink.kernels.selfcheck import Verdict
 from mlx_sink.ring import Layout, Ring, blocks_of, layout_of
 from mlx_sink.rope import Rotation
@@ -81,7 +81,7 @@ def serves(
     dtype, (_, H, _, D), n_kv, DV = queries.dtype, queries.shape, keys.shape[1], values.shape[3]
     if mx.default_device() != source.device() or D % 16 or DV % 16:
         return None
-    if arguments.MAX_GROUP * n_kv < H or dtype not in arguments.DTYPES:
+    if inputs.MAX_GROUP * n_kv < H or dtype not in inputs.DTYPES:
         return None
     if keys.dtype != dtype or values.dtype != dtype:
         return None

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sink.errors import ConfigError, KernelError
-from mlx_sink.kernels import arguments, decode, prefill, source, trial
+from mlx_sink.kernels import decode, inputs, prefill, source, trial
 from mlx_sink.kernels.decode_packed import TEXTS as PACKED_TEXTS
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.decode_packed import forget as forget_packed
@@ -129,9 +129,9 @@ def serves(
     if not is_wanted() or mx.default_device() != source.device():
         return False
     dtype, (_, H, n, D), n_kv = queries.dtype, queries.shape, keys.shape[1]
-    if D % 16 or values.shape[3] % 16 or arguments.MAX_GROUP * n_kv < H:
+    if D % 16 or values.shape[3] % 16 or inputs.MAX_GROUP * n_kv < H:
         return False
-    if dtype not in arguments.DTYPES or keys.dtype != dtype or values.dtype != dtype:
+    if dtype not in inputs.DTYPES or keys.dtype != dtype or values.dtype != dtype:
         return False
     return _is_trusted(
         Specialisation(
