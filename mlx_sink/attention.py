@@ -11,7 +11,7 @@ from itertools import groupby
 import mlx.core as mx
 
 from mlx_sink import reference
-from mlx_sink.kernels import prefillcheck, selfcheck
+from mlx_sink.kernels import check_prefill, trust
 from mlx_sink.kernels.decode import MAX_QUERIES, decode, fits, tables_of
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.prefill import prefill
@@ -86,7 +86,7 @@ def sink_attention(
 
     1. Quantised keys and values, and a call of at most 8 tokens whose keys lie in at most 8
        ranges (`kernels.decode.fits`): the kernel `kernels.decode_packed`, if it has passed its
-       check on this machine (`kernels.selfcheck.serves`). Elsewhere they are expanded first, and
+       check on this machine (`kernels.trust.serves`). Elsewhere they are expanded first, and
        then are as any others.
     2. No key of the block needs a turn (before the first wrap, without sinks, or in a layer
        without positions), and no score is capped: MLX's fused attention.
@@ -94,7 +94,7 @@ def sink_attention(
        for as many tokens.
     4. A longer call: the kernel `kernels.prefill`, for all its blocks together, if it has passed
        its check on this machine and was faster there than the plain operations
-       (`kernels.prefillcheck.serves`). It knows no chunked attention (Llama 4).
+       (`kernels.check_prefill.serves`). It knows no chunked attention (Llama 4).
     5. Everything else: the plain operations, `reference.attend`.
 
     The kernels serve heads that begin with the rotated dimensions.
@@ -118,7 +118,7 @@ def sink_attention(
             packed is not None
             and rotation.start == 0
             and fits(layout, block, packed=True)
-            and selfcheck.serves(q, keys, values, rotation, packed=packed, **options)
+            and trust.serves(q, keys, values, rotation, packed=packed, **options)
         ):
             tables = tables_of(layout, block, rotation, packed=True)
             return decode_packed(q, *packed, tables, scale=scale, **options)
@@ -127,7 +127,7 @@ def sink_attention(
         if (
             rotation.start == 0
             and fits(layout, block)
-            and selfcheck.serves(q, keys, values, rotation, **options)
+            and trust.serves(q, keys, values, rotation, **options)
         ):
             tables = tables_of(layout, block, rotation)
             return decode(q, keys, values, tables, scale=scale, **options)
@@ -139,7 +139,7 @@ def sink_attention(
         blocks = list(group)
         tile = None
         if is_chunk and not still:
-            tile = prefillcheck.serves(queries, keys, values, rotation, **options)
+            tile = check_prefill.serves(queries, keys, values, rotation, **options)
         if tile is None:
             outputs += map(attend, blocks)
             continue

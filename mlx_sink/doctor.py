@@ -26,9 +26,9 @@ from tqdm import tqdm
 from mlx_sink import cli, reference
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError
-from mlx_sink.kernels import decode, prefillcheck, selfcheck, source
+from mlx_sink.kernels import check_prefill, decode, source, trust
 from mlx_sink.kernels.decode_packed import decode_packed
-from mlx_sink.kernels.selfcheck import Specialisation
+from mlx_sink.kernels.trust import Specialisation
 from mlx_sink.ring import Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
 from mlx_sink.storage import Packed, packed
@@ -168,7 +168,7 @@ def examine(
             *(DTYPES[dtype], group, head_dim, head_dim, n, head_dim, False),
             packed=None if k_bits is None or v_bits is None else (k_bits, v_bits, size),
         )
-        verdict = selfcheck.check(spec) if available else None
+        verdict = trust.check(spec) if available else None
         ran = verdict is not None and verdict.error is not None
         times = measure(spec, config, rounds=rounds, kernel=ran)
         kernels.append(
@@ -189,7 +189,7 @@ def examine(
         "ring": {**config.to_dict(), "n_kv_heads": N_KV_HEADS},
         "kernels": kernels,
         "prefill": examine_prefill(dtypes, head_dims),
-        "kept": selfcheck.kept() if available else [],
+        "kept": trust.kept() if available else [],
     }
 
 
@@ -204,8 +204,8 @@ def examine_prefill(dtypes: Sequence[str], head_dims: Sequence[int]) -> list[dic
         return []
     found: list[dict[str, Any]] = []
     for dtype, head_dim in itertools.product(dtypes, head_dims):
-        spec = prefillcheck.Specialisation(DTYPES[dtype], head_dim, head_dim, head_dim, False)
-        verdict = prefillcheck.check(spec)
+        spec = check_prefill.Specialisation(DTYPES[dtype], head_dim, head_dim, head_dim, False)
+        verdict = check_prefill.check(spec)
         found.append(
             {
                 "kernel": spec.name,
@@ -220,7 +220,7 @@ def examine_prefill(dtypes: Sequence[str], head_dims: Sequence[int]) -> list[dic
 
 
 def _machine() -> dict[str, str]:
-    found = selfcheck.machine() if source.is_available() else {}
+    found = trust.machine() if source.is_available() else {}
     return {
         **found,
         "processor": platform.processor() or platform.machine(),
@@ -275,7 +275,7 @@ def as_text(found: dict[str, Any]) -> str:
 def _prefill_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
-    chunk, window = prefillcheck.TIMED_CHUNK, prefillcheck.TIMED_RING.window
+    chunk, window = check_prefill.TIMED_CHUNK, check_prefill.TIMED_RING.window
     lines = [f"reading {chunk} tokens in one layer, window {window}, against the plain operations"]
     lines.append(f"{'kernel':<44} {'verdict':<8} {'error':>8} {'speed':>9}")
     for row in rows:

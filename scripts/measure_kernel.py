@@ -31,7 +31,7 @@ from decode_case import Case, arrays, ring_at, run
 
 from mlx_sink.attention import sink_attention
 from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import selfcheck, source
+from mlx_sink.kernels import source, trust
 
 SHAPES = [
     (64, 1, 1), (64, 8, 1), (64, 16, 1), (80, 4, 1), (96, 4, 1), (128, 1, 1), (128, 4, 1),
@@ -98,15 +98,15 @@ def time_python(calls: int) -> dict[str, dict[str, float]]:
         found["sink_attention, all of it"] = _microseconds(attend, calls)
         return q
 
-    trusted = selfcheck.Verdict(True, 0.0, "")
+    trusted = trust.Verdict(True, 0.0, "")
     with (
         mock.patch.object(source, "backend", return_value="metal"),
         mock.patch.object(source, "device", mx.default_device),
-        mock.patch.object(selfcheck, "verdict_of", return_value=trusted),
+        mock.patch.object(trust, "verdict_of", return_value=trusted),
     ):
-        selfcheck.forget()
+        trust.forget()
         mx.export_function(lambda _: None, traced, a.q)
-    selfcheck.forget()
+    trust.forget()
     return found
 
 

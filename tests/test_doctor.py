@@ -12,20 +12,20 @@ import pytest
 
 from mlx_sink.doctor import main
 from mlx_sink.errors import ConfigError
-from mlx_sink.kernels import prefillcheck, selfcheck, source
+from mlx_sink.kernels import check_prefill, source, trust
 
 SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
 
 
 @pytest.fixture
 def metal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path))
+    monkeypatch.setenv(trust.FOLDER, str(tmp_path))
     monkeypatch.setattr(mx.fast, "metal_kernel", host_metal.metal_kernel)
     monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
     monkeypatch.setattr("mlx_sink.doctor.STEPS", 1)
-    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 1.5)
-    selfcheck.forget()
+    monkeypatch.setattr(check_prefill, "speedup", lambda spec: 1.5)
+    trust.forget()
 
 
 def test_without_metal_it_says_so_and_times_the_rest(capsys: pytest.CaptureFixture[str]):
@@ -68,17 +68,17 @@ def test_what_use_has_found_is_listed(
 ):
     """A kernel that failed in use may be none of the common ones: its report must be there."""
     specs = [
-        selfcheck.Specialisation(mx.float32, 2, 16, 16, 1, 16, False, learned_sinks=learned)
+        trust.Specialisation(mx.float32, 2, 16, 16, 1, 16, False, learned_sinks=learned)
         for learned in (True, False)
     ]
-    assert selfcheck.verdict_of(specs[1]).passed
+    assert trust.verdict_of(specs[1]).passed
     with monkeypatch.context() as patch:
-        wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
-        patch.setattr(selfcheck, "check", lambda spec: wrong)
-        selfcheck.verdict_of(specs[0])
+        wrong = trust.Verdict(False, 0.25, "its results are off by 0.25")
+        patch.setattr(trust, "check", lambda spec: wrong)
+        trust.verdict_of(specs[0])
         # Of another machine, and unreadable: neither is of this machine.
         patch.setattr(source, "stamp", lambda *names: "another text")
-        selfcheck.verdict_of(specs[0])
+        trust.verdict_of(specs[0])
     (tmp_path / "broken.json").write_text("[")
     assert main([*SMALL, "--dtype", "float32", "--queries", "1", "--json"]) == 0
     kept = json.loads(capsys.readouterr().out)["kept"]
@@ -105,8 +105,8 @@ def test_quantised_rings(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.usefixtures("metal")
 def test_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
-    monkeypatch.setattr(selfcheck, "check", lambda spec: wrong)
+    wrong = trust.Verdict(False, 0.25, "its results are off by 0.25")
+    monkeypatch.setattr(trust, "check", lambda spec: wrong)
     assert main([*SMALL, "--dtype", "float32", "--queries", "1"]) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out
@@ -119,13 +119,13 @@ def test_prefill_that_is_slow_or_wrong(
 ):
     """A slow one is no fault, a wrong one is; both are shown, and neither serves."""
     small = [*SMALL, "--dtype", "float32", "--queries", "1"]
-    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 0.7)
+    monkeypatch.setattr(check_prefill, "speedup", lambda spec: 0.7)
     assert main(small) == 0
     assert re.search(
         r"prefill\S+ +right +\S+ +0.70x  the plain operations", capsys.readouterr().out
     )
-    wrong = selfcheck.Verdict(False, 0.25, "its results are off by 0.25")
-    monkeypatch.setattr(prefillcheck, "check", lambda spec: wrong)
+    wrong = trust.Verdict(False, 0.25, "its results are off by 0.25")
+    monkeypatch.setattr(check_prefill, "check", lambda spec: wrong)
     assert main(small) == 1
     assert re.search(r"prefill\S+ +WRONG +2.5e-01 +-  its results", capsys.readouterr().out)
 

@@ -1,6 +1,6 @@
 """Where the prefill kernel serves: it must be right on a machine, and faster there.
 
-`selfcheck` says how a kernel comes to be trusted, and keeps the verdicts. This one competes with
+`trust` says how a kernel comes to be trusted, and keeps the verdicts. This one competes with
 plain operations that run on MLX's own matrix products, so at first use it is timed against them as
 well: some launches of a few milliseconds on a GPU, kept with the verdict.
 """
@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_sink import reference
-from mlx_sink.kernels import inputs, prefill, selfcheck, source, trial
-from mlx_sink.kernels.selfcheck import Verdict
+from mlx_sink.kernels import inputs, prefill, source, trial, trust
+from mlx_sink.kernels.trust import Verdict
 from mlx_sink.ring import Layout, Ring, blocks_of, layout_of
 from mlx_sink.rope import Rotation
 
@@ -48,7 +48,7 @@ class Specialisation:
         """One word that tells it from all others."""
         heads, pairs = (self.head_dim, self.v_head_dim), (self.rotated, self.interleaved)
         options = self.softcap, self.learned_sinks
-        return selfcheck.name_of(f"prefill-{self.dtype}", heads, "", pairs, options)
+        return trust.name_of(f"prefill-{self.dtype}", heads, "", pairs, options)
 
 
 def serves(
@@ -73,10 +73,10 @@ def serves(
         learned_sinks: As in `prefill.prefill`.
 
     Raises:
-        KernelError: `selfcheck.SWITCH` is ``on``, and there is no GPU or the check failed.
-        ConfigError: `selfcheck.SWITCH` is none of its three words.
+        KernelError: `trust.SWITCH` is ``on``, and there is no GPU or the check failed.
+        ConfigError: `trust.SWITCH` is none of its three words.
     """
-    if not selfcheck.is_wanted() or source.backend() != "metal":
+    if not trust.is_wanted() or source.backend() != "metal":
         return None
     dtype, (_, H, _, D), n_kv, DV = queries.dtype, queries.shape, keys.shape[1], values.shape[3]
     if mx.default_device() != source.device() or D % 16 or DV % 16:
@@ -97,11 +97,11 @@ def serves(
 @functools.cache
 def _is_trusted(spec: Specialisation) -> bool:
     """Tell whether a kernel serves; say once why a wrong one does not."""
-    verdict = selfcheck.recall(spec.name, lambda: check(spec))
-    if not selfcheck.accepts(spec.name, verdict):
+    verdict = trust.recall(spec.name, lambda: check(spec))
+    if not trust.accepts(spec.name, verdict):
         return False
     slower = verdict.speedup is not None and verdict.speedup <= 1
-    return not slower or os.environ.get(selfcheck.SWITCH) == "on"
+    return not slower or os.environ.get(trust.SWITCH) == "on"
 
 
 def check(spec: Specialisation) -> Verdict:
@@ -118,10 +118,10 @@ def check(spec: Specialisation) -> Verdict:
         options: reference.Extras = {"softcap": cap, "learned_sinks": logits}
         out = prefill.prefill(q, k, v, tables, scale=scale, **options)
         wanted = trial.by_reference(q, k, v, layouts, rotation, scale, cap, logits)
-        verdict = selfcheck.judged(trial.error_of(out, wanted), spec.dtype)
+        verdict = trust.judged(trial.error_of(out, wanted), spec.dtype)
         return replace(verdict, speedup=speedup(spec)) if verdict.passed else verdict
     except (RuntimeError, ValueError) as failure:
-        return selfcheck.failed(failure)
+        return trust.failed(failure)
 
 
 def speedup(spec: Specialisation) -> float:
@@ -176,5 +176,5 @@ def _seconds(work: Callable[[], mx.array]) -> float:
 
 def forget() -> None:
     """Forget what this process has settled: tests change the machine under it."""
-    selfcheck.forget()
+    trust.forget()
     _is_trusted.cache_clear()
