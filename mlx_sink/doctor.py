@@ -26,9 +26,10 @@ from tqdm import tqdm
 from mlx_sink import cli, reference
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError
-from mlx_sink.kernels import check_prefill, decode, source, trust
+from mlx_sink.kernels import check_decode, check_prefill, decode, source, trust
+from mlx_sink.kernels.check_decode import DecodeVariant
 from mlx_sink.kernels.decode_packed import decode_packed
-from mlx_sink.kernels.trust import Specialisation
+from mlx_sink.kernels.tables import MAX_QUERIES, decode_tables
 from mlx_sink.ring import Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
 from mlx_sink.storage import Packed, packed
@@ -64,7 +65,7 @@ class Times:
     sdpa: float
 
 
-def measure(spec: Specialisation, config: SinkConfig, *, rounds: int, kernel: bool) -> Times:
+def measure(spec: DecodeVariant, config: SinkConfig, *, rounds: int, kernel: bool) -> Times:
     """Time a step on a full ring whose window spans two epochs.
 
     Args:
@@ -90,7 +91,7 @@ def measure(spec: Specialisation, config: SinkConfig, *, rounds: int, kernel: bo
         )
     )
     scale = spec.head_dim**-0.5
-    tables = decode.tables_of(layout, block, rotation, packed=spec.packed is not None)
+    tables = decode_tables(layout, block, rotation, packed=spec.packed is not None)
     held: tuple[Packed, Packed] | None = None
     if spec.packed is not None:
         k_bits, v_bits, size = spec.packed
@@ -164,11 +165,11 @@ def examine(
     (k_bits, v_bits), size = config.bits, config.kv_group_size
     kinds = list(itertools.product(dtypes, head_dims, groups, queries))
     for dtype, head_dim, group, n in tqdm(kinds, desc="checking", unit="kernel", leave=False):
-        spec = Specialisation(
+        spec = DecodeVariant(
             *(DTYPES[dtype], group, head_dim, head_dim, n, head_dim, False),
             packed=None if k_bits is None or v_bits is None else (k_bits, v_bits, size),
         )
-        verdict = trust.check(spec) if available else None
+        verdict = check_decode.check(spec) if available else None
         ran = verdict is not None and verdict.error is not None
         times = measure(spec, config, rounds=rounds, kernel=ran)
         kernels.append(
@@ -189,7 +190,9 @@ def examine(
         "ring": {**config.to_dict(), "n_kv_heads": N_KV_HEADS},
         "kernels": kernels,
         "prefill": examine_prefill(dtypes, head_dims),
-        "kept": trust.kept() if available else [],
+        "kept": [{"kernel": k, **v.to_dict()} for k, v in trust.stored().items()]
+        if available
+        else [],
     }
 
 
@@ -204,7 +207,7 @@ def examine_prefill(dtypes: Sequence[str], head_dims: Sequence[int]) -> list[dic
         return []
     found: list[dict[str, Any]] = []
     for dtype, head_dim in itertools.product(dtypes, head_dims):
-        spec = check_prefill.Specialisation(DTYPES[dtype], head_dim, head_dim, head_dim, False)
+        spec = check_prefill.PrefillVariant(DTYPES[dtype], head_dim, head_dim, head_dim, False)
         verdict = check_prefill.check(spec)
         found.append(
             {
@@ -312,8 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--head-dim must be multiples of 16, got {args.head_dim}")
     if max(args.group) > 16:
         raise ConfigError(f"--group must be at most 16, got {max(args.group)}")
-    if max(args.queries) > decode.MAX_QUERIES:
-        most = decode.MAX_QUERIES
+    if max(args.queries) > MAX_QUERIES:
+        most = MAX_QUERIES
         raise ConfigError(f"--queries must be at most {most}, got {max(args.queries)}")
     config = SinkConfig.for_context(None, args.num_sinks, args.window)
     config = replace(config, **cli.kv_settings(args))

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_sink.attention import BLOCK
-from mlx_sink.kernels.prefill import Tile, tables_of
+from mlx_sink.kernels.prefill import Tile
+from mlx_sink.kernels.tables import prefill_tables
 from mlx_sink.ring import Layout, Ring, layout_of
 from mlx_sink.rope import Rotation
 
@@ -82,7 +83,7 @@ def fragments_of(ranges: np.ndarray, n: int, tile: Tile) -> tuple[int, int]:
 def count(layout: Layout, tile: Tile = TILE) -> Count:
     """Count a whole call."""
     ring, n = layout.ring, layout.n
-    tables = tables_of(layout, ring.tokens, layout.end, Rotation([]), tile.queries)
+    tables = prefill_tables(layout, ring.tokens, layout.end, Rotation([]), tile.queries)
     met, visited = fragments_of(np.array(tables.ranges[0]), n, tile)
     queries = range(ring.tokens, layout.end)
     visible = sum(min(t + 1, ring.num_sinks + min(t + 1 - ring.num_sinks, ring.window))

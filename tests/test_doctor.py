@@ -12,7 +12,7 @@ import pytest
 
 from mlx_sink.doctor import main
 from mlx_sink.errors import ConfigError
-from mlx_sink.kernels import check_prefill, source, trust
+from mlx_sink.kernels import check_decode, check_prefill, source, trust
 
 SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
 
@@ -25,7 +25,7 @@ def metal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
     monkeypatch.setattr("mlx_sink.doctor.STEPS", 1)
     monkeypatch.setattr(check_prefill, "speedup", lambda spec: 1.5)
-    trust.forget()
+    check_decode.forget()
 
 
 def test_without_metal_it_says_so_and_times_the_rest(capsys: pytest.CaptureFixture[str]):
@@ -68,17 +68,17 @@ def test_what_use_has_found_is_listed(
 ):
     """A kernel that failed in use may be none of the common ones: its report must be there."""
     specs = [
-        trust.Specialisation(mx.float32, 2, 16, 16, 1, 16, False, learned_sinks=learned)
+        check_decode.DecodeVariant(mx.float32, 2, 16, 16, 1, 16, False, learned_sinks=learned)
         for learned in (True, False)
     ]
-    assert trust.verdict_of(specs[1]).passed
+    assert check_decode.verdict_of(specs[1]).passed
     with monkeypatch.context() as patch:
         wrong = trust.Verdict(False, 0.25, "its results are off by 0.25")
-        patch.setattr(trust, "check", lambda spec: wrong)
-        trust.verdict_of(specs[0])
+        patch.setattr(check_decode, "check", lambda spec: wrong)
+        check_decode.verdict_of(specs[0])
         # Of another machine, and unreadable: neither is of this machine.
         patch.setattr(source, "stamp", lambda *names: "another text")
-        trust.verdict_of(specs[0])
+        check_decode.verdict_of(specs[0])
     (tmp_path / "broken.json").write_text("[")
     assert main([*SMALL, "--dtype", "float32", "--queries", "1", "--json"]) == 0
     kept = json.loads(capsys.readouterr().out)["kept"]
@@ -106,7 +106,7 @@ def test_quantised_rings(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.usefixtures("metal")
 def test_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     wrong = trust.Verdict(False, 0.25, "its results are off by 0.25")
-    monkeypatch.setattr(trust, "check", lambda spec: wrong)
+    monkeypatch.setattr(check_decode, "check", lambda spec: wrong)
     assert main([*SMALL, "--dtype", "float32", "--queries", "1"]) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out

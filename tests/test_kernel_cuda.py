@@ -14,9 +14,9 @@ from cuda_unit import CudaKernel, nvcc, said_of
 from decode_case import Case, ring_at, run
 
 from mlx_sink.attention import sink_attention
+from mlx_sink.kernels import check_decode, source, trust
 from mlx_sink.kernels import decode as kernel
 from mlx_sink.kernels import decode_packed as packed
-from mlx_sink.kernels import source, trust
 from mlx_sink.ring import layout_of
 from mlx_sink.rope import Rotation
 
@@ -123,7 +123,7 @@ def test_it_serves_only_where_it_matches(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
     monkeypatch.setenv(trust.FOLDER, str(tmp_path))
     monkeypatch.delenv(trust.SWITCH, raising=False)
-    trust.forget()
+    check_decode.forget()
     rotation = Rotation([1.0, 0.5, 0.25, 0.1, 1.0, 0.5, 0.25, 0.1])
     layout = layout_of(RING[0], 2)
     q, k = mx.ones((1, 2, 2, 16)), mx.ones((1, 2, RING[0].live + 2, 16))
@@ -132,4 +132,4 @@ def test_it_serves_only_where_it_matches(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert mx.allclose(out, mx.ones_like(out)), "the plain operations served"
     (kept,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     assert kept["backend"] == "cuda"
-    trust.forget()
+    check_decode.forget()

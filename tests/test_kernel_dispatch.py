@@ -24,7 +24,7 @@ from mlx_sink import SinkConfig, attention
 from mlx_sink.attention import sink_attention
 from mlx_sink.errors import ConfigError, KernelError
 from mlx_sink.generate import main
-from mlx_sink.kernels import check_prefill, source, trust
+from mlx_sink.kernels import check_decode, check_prefill, source, trust
 from mlx_sink.kernels import decode as kernel
 from mlx_sink.ring import Ring, layout_of
 from mlx_sink.rope import Rotation
@@ -35,14 +35,19 @@ ROTATION = Rotation.of(rope_call(nn.RoPE(16, base=100.0), 16))
 RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)
 
 
+def forget() -> None:
+    check_decode.forget()
+    check_prefill.forget()
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing settled before, and verdicts kept in a folder of the test's own."""
     monkeypatch.delenv(trust.SWITCH, raising=False)
     monkeypatch.setenv(trust.FOLDER, str(tmp_path / "verdicts"))
-    check_prefill.forget()
+    forget()
     yield
-    check_prefill.forget()
+    forget()
 
 
 class Runner(host_metal.HostKernel):
@@ -135,7 +140,7 @@ def test_decode_steps_go_to_the_kernel_once_checked(launches: list[tuple[int, ..
     assert len(launches) == 1, "chunks, and heads that 16 does not divide, are served by ops"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(trust.SWITCH, "off")
-        trust.forget()
+        check_decode.forget()
         np.testing.assert_allclose(out, attend(), atol=1e-6)
     assert len(launches) == 1
 
@@ -203,23 +208,23 @@ def test_mistakes_that_only_several_tokens_show(
 @pytest.mark.usefixtures("metal")
 def test_a_verdict_is_kept_for_its_text(monkeypatch: pytest.MonkeyPatch):
     checked: list[str] = []
-    check = trust.check
+    check = check_decode.check
 
-    def counted(spec: trust.Specialisation) -> trust.Verdict:
+    def counted(spec: check_decode.DecodeVariant) -> trust.Verdict:
         checked.append(spec.name)
         return check(spec)
 
-    monkeypatch.setattr(trust, "check", counted)
+    monkeypatch.setattr(check_decode, "check", counted)
     for times in (1, 1):
         attend()
-        trust.forget()
+        check_decode.forget()
         assert len(checked) == times
     (path,) = trust.folder().glob("*")
     path.write_text("{")
     attend()
     assert len(checked) == 2, "a damaged file is as good as none"
     assert verdicts()[0]["passed"]
-    trust.forget()
+    check_decode.forget()
     monkeypatch.setattr(source, "stamp", lambda *names: "another text")
     attend()
     assert len(checked) == 3
@@ -251,13 +256,34 @@ def test_a_kernel_that_fails_its_check_does_not_serve(
             np.testing.assert_array_equal(attend(), wanted)
         assert len(said) == 1
         assert re.search(f"gqa2.* is not used .*{reason}.*doctor", str(said[0].message))
-        trust.forget()
+        check_decode.forget()
     assert not launches
     (kept,) = verdicts()
     assert not kept["passed"]
     monkeypatch.setenv(trust.SWITCH, "on")
     with pytest.raises(KernelError, match=reason):
         attend()
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize("wrong_splits", [1, 3])
+def test_a_kernel_that_gives_nan_does_not_serve(
+    wrong_splits: int, launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    """NaN compares false with every tolerance; one of the two launches is enough."""
+    wanted = _ops(monkeypatch)
+    decode = kernel.decode
+
+    def broken(*arrays: Any, splits: int, **options: Any) -> mx.array:
+        out = decode(*arrays, splits=splits, **options)
+        return mx.where(out == out.max(), mx.nan, out) if splits == wrong_splits else out
+
+    monkeypatch.setattr(kernel, "decode", broken)
+    with pytest.warns(RuntimeWarning, match="its results are not finite"):
+        np.testing.assert_array_equal(attend(), wanted)
+    assert not launches
+    (kept,) = verdicts()
+    assert kept["error"] is None
 
 
 @pytest.mark.usefixtures("metal")
@@ -284,7 +310,7 @@ def test_softcap_and_learned_sinks_are_checked_for_themselves(
     (kept,) = verdicts()
     assert kept["kernel"] == f"decode-float32-d16-gqa2-n1-rope16-halves-{name}"
     plant(monkeypatch, good, bad)
-    trust.forget()
+    check_decode.forget()
     attend()
     assert len(launches) == 2
     with pytest.warns(RuntimeWarning, match=f"{name} is not used .*its results are off by"):
@@ -310,9 +336,9 @@ def test_a_quantised_ring_goes_to_its_own_kernel(n: int, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setenv(trust.SWITCH, "off")
-        trust.forget()
+        check_decode.forget()
         wanted = attend_packed()
-    trust.forget()
+    check_decode.forget()
     served: list[int] = []
     decode_packed = attention.decode_packed
 
@@ -332,7 +358,7 @@ def test_a_quantised_ring_goes_to_its_own_kernel(n: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         source, "text", lambda name: text(name).replace("(unit >> (j * BITS))", wrong)
     )
-    trust.forget()
+    check_decode.forget()
     with pytest.warns(RuntimeWarning, match="k8v4g32 is not used .*its results are off by"):
         # The plain kernel, on the expanded rows, still may.
         np.testing.assert_allclose(attend_packed(), wanted, atol=2e-6)
@@ -342,9 +368,9 @@ def test_a_quantised_ring_goes_to_its_own_kernel(n: int, monkeypatch: pytest.Mon
 def _ops(monkeypatch: pytest.MonkeyPatch, **options: Any) -> np.ndarray:
     with monkeypatch.context() as patch:
         patch.setenv(trust.SWITCH, "off")
-        trust.forget()
+        check_decode.forget()
         out = attend(**options)
-    trust.forget()
+    check_decode.forget()
     return out
 
 
@@ -385,7 +411,7 @@ def test_same_tokens_as_the_ops(
     outcomes: list[object] = []
     for mode in ("off", "on"):
         monkeypatch.setenv(trust.SWITCH, mode)
-        trust.forget()
+        check_decode.forget()
         assert not launches
         stream = mlx_sink.stream_generate(model, tokenizer, "the cat", 36, ignore_eos=True)
         outcomes.append([response.token for response in stream])

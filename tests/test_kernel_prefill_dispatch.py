@@ -24,7 +24,7 @@ import mlx_sink
 from mlx_sink import SinkConfig, attention
 from mlx_sink.attention import sink_attention
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import check_prefill, source, trust
+from mlx_sink.kernels import check_decode, check_prefill, source, trust
 from mlx_sink.ring import Ring, layout_of
 from mlx_sink.rope import Rotation
 
@@ -34,14 +34,19 @@ RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)
 NAME = "prefill-float32-d16-rope16-halves"
 
 
+def forget() -> None:
+    check_decode.forget()
+    check_prefill.forget()
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing settled before, and verdicts kept in a folder of the test's own."""
     monkeypatch.delenv(trust.SWITCH, raising=False)
     monkeypatch.setenv(trust.FOLDER, str(tmp_path / "verdicts"))
-    check_prefill.forget()
+    forget()
     yield
-    check_prefill.forget()
+    forget()
 
 
 @pytest.fixture
@@ -92,9 +97,9 @@ def attend(
 def by_ops(**options: Any) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(trust.SWITCH, "off")
-        check_prefill.forget()
+        forget()
         out = attend(**options)
-    check_prefill.forget()
+    forget()
     return out
 
 
@@ -125,7 +130,7 @@ def test_not_without_metal(launches: list[tuple[int, ...]], monkeypatch: pytest.
     attend()
     monkeypatch.setattr(source, "backend", lambda: "cuda")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
-    check_prefill.forget()
+    forget()
     attend()
     assert not launches
     assert not trust.folder().exists()
@@ -150,7 +155,7 @@ def test_a_slower_kernel_does_not_serve(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             np.testing.assert_array_equal(attend(), wanted)
-        check_prefill.forget()
+        forget()
     assert not launches
     assert verdicts()[NAME]["speedup"] == 0.8
     monkeypatch.setenv(trust.SWITCH, "on")
@@ -229,7 +234,7 @@ def test_a_wrong_kernel_does_not_serve(
         (warning,) = said
         assert f"{NAME}" in str(warning.message)
         assert reason in str(warning.message)
-        check_prefill.forget()
+        forget()
     assert not launches
     monkeypatch.setenv(trust.SWITCH, "on")
     with pytest.raises(KernelError, match=reason):
@@ -284,7 +289,7 @@ def test_same_tokens_as_the_ops(
     outcomes: list[list[int]] = []
     for mode in ("off", "on"):
         monkeypatch.setenv(trust.SWITCH, mode)
-        check_prefill.forget()
+        forget()
         assert not launches
         stream = mlx_sink.stream_generate(model, tokenizer, prompt, 12, ignore_eos=True)
         outcomes.append([response.token for response in stream])

@@ -21,7 +21,7 @@ NAMES = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in MODULE
 
 LAYERS = [
     {"errors", "atomic"},
-    {"config", "group", "lending", "store", "trees"},
+    {"config", "files", "group", "lending", "store", "trees"},
     {"ring", "rope"},
     {"reference", "storage"},
     {"kernels"},

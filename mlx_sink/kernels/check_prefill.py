@@ -1,39 +1,38 @@
-"""Where the prefill kernel serves: it must be right on a machine, and faster there.
+"""Where the prefill kernel serves: each of its variants must be right on this machine, and faster.
 
-`trust` says how a kernel comes to be trusted, and keeps the verdicts. This one competes with
-plain operations that run on MLX's own matrix products, so at first use it is timed against them as
-well: some launches of a few milliseconds on a GPU, kept with the verdict.
+`trust` has the rules, and stores the verdicts. This kernel competes with plain operations that run
+on MLX's own matrix products, so at first use it is also timed against them: some launches of a few
+milliseconds on a GPU. The verdict has the result.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from mlx_sink import reference
-from mlx_sink.kernels import inputs, prefill, source, trial, trust
-from mlx_sink.kernels.trust import Verdict
-from mlx_sink.ring import Layout, Ring, blocks_of, layout_of
+from mlx_sink.kernels import inputs, prefill, source, trust
+from mlx_sink.kernels.tables import PrefillTables, prefill_tables
+from mlx_sink.ring import Layout, Ring, blocks_of
 from mlx_sink.rope import Rotation
 
 CHUNK = 70
 """Queries of the check: two full tiles and one that is not."""
 TIMED_CHUNK = 512
 TIMED_RING = Ring(num_sinks=4, window=1024, epoch=4096, tokens=8704, start=8192, previous=4096)
-"""What is timed: 8 query heads on 2, on a ring half of whose window lies in the epoch before."""
+"""What is timed: a ring half of whose window lies in the epoch before."""
 ROUNDS = 3
-_HEADS = (8, 2)
+_HEADS, _KV_HEADS = 8, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Specialisation:
-    """What MLX compiles a kernel of its own for."""
+class PrefillVariant:
+    """What MLX compiles a prefill kernel of its own for; names as in `DecodeVariant`."""
 
     dtype: mx.Dtype
     head_dim: int
@@ -45,10 +44,14 @@ class Specialisation:
 
     @property
     def name(self) -> str:
-        """One word that tells it from all others."""
-        heads, pairs = (self.head_dim, self.v_head_dim), (self.rotated, self.interleaved)
-        options = self.softcap, self.learned_sinks
-        return trust.name_of(f"prefill-{self.dtype}", heads, "", pairs, options)
+        """One word that no other variant has."""
+        return trust.name_of(
+            f"prefill-{self.dtype}",
+            (self.head_dim, self.v_head_dim),
+            "",
+            (self.rotated, self.interleaved),
+            (self.softcap, self.learned_sinks),
+        )
 
 
 def serves(
@@ -86,95 +89,112 @@ def serves(
     if keys.dtype != dtype or values.dtype != dtype:
         return None
     tile = prefill.tile_of(D, DV, dtype)
-    spec = Specialisation(
-        *(dtype, D, DV, rotation.dims, rotation.interleaved),
+    variant = PrefillVariant(
+        dtype,
+        D,
+        DV,
+        rotation.dims,
+        rotation.interleaved,
         softcap=softcap is not None,
         learned_sinks=learned_sinks is not None,
     )
-    return tile if tile is not None and _is_trusted(spec) else None
+    return tile if tile is not None and _is_trusted(variant) else None
 
 
 @functools.cache
-def _is_trusted(spec: Specialisation) -> bool:
-    """Tell whether a kernel serves; say once why a wrong one does not."""
-    verdict = trust.recall(spec.name, lambda: check(spec))
-    if not trust.accepts(spec.name, verdict):
+def _is_trusted(variant: PrefillVariant) -> bool:
+    """Tell whether a kernel serves; warn once if one is wrong."""
+    verdict = trust.verdict_of(variant.name, lambda: check(variant))
+    if not trust.accepts(variant.name, verdict):
         return False
     slower = verdict.speedup is not None and verdict.speedup <= 1
-    return not slower or os.environ.get(trust.SWITCH) == "on"
+    return not slower or trust.is_forced()
 
 
-def check(spec: Specialisation) -> Verdict:
-    """Run a specialisation on wrapped rings, compare it with `reference`, and time both."""
-    layouts = [layout_of(ring, CHUNK) for ring in trial.RINGS]
-    rows = max(run.row + run.length for layout in layouts for run in layout.runs)
-    q, k, v = _arrays(spec, len(trial.RINGS), CHUNK, rows)
-    rotation = trial.rotation_of(spec.rotated, spec.interleaved)
-    scale = 2.0 * spec.head_dim**-0.5
-    cap = trial.SOFTCAP if spec.softcap else None
-    logits = trial.logits_of(q.shape[1]) if spec.learned_sinks else None
+def check(variant: PrefillVariant) -> trust.Verdict:
+    """Run a variant on wrapped rings, compare it with `reference`, and time both."""
+    sample = _sample(variant, CHUNK, trust.RINGS)
     try:
-        tables = prefill.Tables.stack([_tables(spec, layout, rotation) for layout in layouts])
-        options: reference.Extras = {"softcap": cap, "learned_sinks": logits}
-        out = prefill.prefill(q, k, v, tables, scale=scale, **options)
-        wanted = trial.by_reference(q, k, v, layouts, rotation, scale, cap, logits)
-        verdict = trust.judged(trial.error_of(out, wanted), spec.dtype)
-        return replace(verdict, speedup=speedup(spec)) if verdict.passed else verdict
-    except (RuntimeError, ValueError) as failure:
-        return trust.failed(failure)
+        verdict = trust.judge(sample.error(_by_kernel(variant, sample)), variant.dtype)
+        return replace(verdict, speedup=speedup(variant)) if verdict.passed else verdict
+    except (RuntimeError, ValueError) as error:
+        return trust.failure(error)
 
 
-def speedup(spec: Specialisation) -> float:
+def speedup(variant: PrefillVariant) -> float:
     """Return how many times faster the kernel is on this machine than the plain operations."""
-    layout = layout_of(TIMED_RING, TIMED_CHUNK)
-    rows = max(run.row + run.length for run in layout.runs)
-    q, k, v = _arrays(spec, 1, TIMED_CHUNK, rows)
-    rotation = trial.rotation_of(spec.rotated, spec.interleaved)
-    scale = spec.head_dim**-0.5
-    tables = _tables(spec, layout, rotation)
-    cap = trial.SOFTCAP if spec.softcap else None
-    logits = trial.logits_of(q.shape[1]) if spec.learned_sinks else None
-    options: reference.Extras = {"softcap": cap, "learned_sinks": logits}
-
-    def by_kernel() -> mx.array:
-        return prefill.prefill(q, k, v, tables, scale=scale, **options)
-
-    def by_ops() -> mx.array:
-        turned, window = reference.Turned(q, layout, rotation, scale), layout.ring.window
-        outputs = [
-            reference.attend(turned.of(block), k, v, block, window, **options)
-            for block in blocks_of(layout, reference.BLOCK)
-        ]
-        return mx.concatenate(outputs, axis=2)
-
-    times = [(_seconds(by_kernel), _seconds(by_ops)) for _ in range(ROUNDS + 1)]
-    ours, theirs = zip(*times[1:], strict=True)  # the first compiles
-    return round(statistics.median(theirs) / statistics.median(ours), 3)
+    sample = _sample(variant, TIMED_CHUNK, (TIMED_RING,))
+    times = [
+        (
+            _seconds(lambda: _by_kernel(variant, sample)),
+            _seconds(lambda: _by_operations(sample)),
+        )
+        for _ in range(ROUNDS + 1)
+    ]
+    kernel, operations = zip(*times[1:], strict=True)  # the first round compiles
+    return round(statistics.median(operations) / statistics.median(kernel), 3)
 
 
-def _arrays(spec: Specialisation, batch: int, n: int, rows: int) -> list[mx.array]:
-    n_heads, n_kv = _HEADS
-    return trial.normals(
-        (batch, n_heads, n, spec.head_dim),
-        (batch, n_kv, rows, spec.head_dim),
-        (batch, n_kv, rows, spec.v_head_dim),
-        dtype=spec.dtype,
+def _sample(variant: PrefillVariant, n: int, rings: Sequence[Ring]) -> trust.Sample:
+    return trust.sample(
+        variant.dtype,
+        n=n,
+        n_heads=_HEADS,
+        n_kv_heads=_KV_HEADS,
+        head_dim=variant.head_dim,
+        v_head_dim=variant.v_head_dim,
+        rotated=variant.rotated,
+        interleaved=variant.interleaved,
+        softcap=variant.softcap,
+        learned_sinks=variant.learned_sinks,
+        rings=rings,
     )
 
 
-def _tables(spec: Specialisation, layout: Layout, rotation: Rotation) -> prefill.Tables:
-    tile = prefill.tile_of(spec.head_dim, spec.v_head_dim, spec.dtype)
+def _by_kernel(variant: PrefillVariant, sample: trust.Sample) -> mx.array:
+    tables = [_tables(variant, layout, sample.rotation) for layout in sample.layouts]
+    return prefill.prefill(
+        sample.queries,
+        sample.keys,
+        sample.values,
+        tables[0] if len(tables) == 1 else PrefillTables.stack(tables),
+        scale=sample.scale,
+        **sample.options,
+    )
+
+
+def _tables(variant: PrefillVariant, layout: Layout, rotation: Rotation) -> PrefillTables:
+    tile = prefill.tile_of(variant.head_dim, variant.v_head_dim, variant.dtype)
     size = tile.queries if tile else 0
-    return prefill.tables_of(layout, layout.ring.tokens, layout.end, rotation, size)
+    return prefill_tables(layout, layout.ring.tokens, layout.end, rotation, size)
 
 
-def _seconds(work: Callable[[], mx.array]) -> float:
-    began = time.perf_counter()
-    work().sum().item()
-    return time.perf_counter() - began
+def _by_operations(sample: trust.Sample) -> mx.array:
+    """Compute a sample of one sequence as `sink_attention` does where no kernel serves."""
+    (layout,) = sample.layouts
+    turned = reference.Turned(sample.queries, layout, sample.rotation, sample.scale)
+    outputs = [
+        reference.attend(
+            turned.of(block),
+            sample.keys,
+            sample.values,
+            block,
+            layout.ring.window,
+            **sample.options,
+        )
+        for block in blocks_of(layout, reference.BLOCK)
+    ]
+    return mx.concatenate(outputs, axis=2)
+
+
+def _seconds(run: Callable[[], mx.array]) -> float:
+    start = time.perf_counter()
+    run().sum().item()
+    return time.perf_counter() - start
 
 
 def forget() -> None:
-    """Forget what this process has settled: tests change the machine under it."""
-    trust.forget()
+    """Forget what this process has decided: tests change the machine under it."""
+    prefill.forget()
+    trust.is_wanted.cache_clear()
     _is_trusted.cache_clear()

@@ -1,9 +1,8 @@
-"""A kernel is trusted on a machine after it has matched the plain operations there.
+"""A kernel serves on a machine only after it has matched the plain operations there.
 
-At first use of a specialisation the kernel runs once on random data whose ring has wrapped and
-spans two epochs, and is compared with `reference`, worked out on the CPU. That takes a few
-milliseconds beside the compiler's time; the verdict is kept in a file, for this GPU, system, MLX
-and kernel text.
+At first use, each variant of a kernel runs once on random data (`Sample`) and is compared with
+`reference`, computed on the CPU. That takes a few milliseconds beside the time of the compiler.
+The verdict is kept in a file, for this GPU, system, version of MLX and kernel text.
 """
 
 from __future__ import annotations
@@ -11,61 +10,33 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
-import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_sink.errors import ConfigError, KernelError
-from mlx_sink.kernels import decode, inputs, prefill, source, trial
-from mlx_sink.kernels.decode_packed import TEXTS as PACKED_TEXTS
-from mlx_sink.kernels.decode_packed import decode_packed
-from mlx_sink.kernels.decode_packed import forget as forget_packed
-from mlx_sink.ring import layout_of
+from mlx_sink import reference
+from mlx_sink.errors import ConfigError, KernelError, OutputError
+from mlx_sink.files import write_whole
+from mlx_sink.kernels import source
+from mlx_sink.ring import Layout, Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
-from mlx_sink.storage import Packed, packed
 
 SWITCH = "MLX_SINK_KERNEL"
 """``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and
 cannot. ``off``: plain operations serve everywhere."""
 FOLDER = "MLX_SINK_CACHE"
-"""Where verdicts are kept, if not in the user's cache folder."""
+"""The folder of the verdicts, if not the user's cache folder."""
 
 TOLERANCES = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 """Largest error in units of the largest output: rounding of the result, and fast::exp2."""
-
-
-@dataclass(frozen=True, slots=True)
-class Specialisation:
-    """What MLX compiles a kernel of its own for."""
-
-    dtype: mx.Dtype
-    group: int
-    head_dim: int
-    v_head_dim: int
-    n: int
-    rotated: int
-    interleaved: bool
-    softcap: bool = False
-    learned_sinks: bool = False
-    packed: tuple[int, int, int] | None = None
-    """Bits of keys and of values, and the group size, of a quantised ring."""
-
-    @property
-    def name(self) -> str:
-        """One word that tells it from all others."""
-        rows = f"gqa{self.group}-n{self.n}-"
-        heads, pairs = (self.head_dim, self.v_head_dim), (self.rotated, self.interleaved)
-        options = self.softcap, self.learned_sinks
-        name = name_of(f"decode-{self.dtype}", heads, rows, pairs, options)
-        return name if self.packed is None else name + "-k{}v{}g{}".format(*self.packed)
 
 
 def name_of(
@@ -75,7 +46,15 @@ def name_of(
     rotation: tuple[int, bool],
     options: tuple[bool, bool],
 ) -> str:
-    """Put a specialisation in one word: ``decode-float16-d64-gqa4-n1-rope64-halves-softcap``."""
+    """Put a variant of a kernel in one word: ``decode-float16-d64-gqa4-n1-rope64-halves-softcap``.
+
+    Args:
+        kernel: The kernel and the dtype.
+        heads: head_dim of keys and of values.
+        rows: What a variant of the kernel says about its rows, or nothing.
+        rotation: Rotated dimensions, and whether pairs are interleaved.
+        options: Whether there are a softcap and learned sinks.
+    """
     head_dim, v_head_dim = heads
     dims = f"d{head_dim}" + ("" if v_head_dim == head_dim else f"v{v_head_dim}")
     pairs = "interleaved" if rotation[1] else "halves"
@@ -85,7 +64,7 @@ def name_of(
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a check.
+    """The result of a check.
 
     Attributes:
         passed: The kernel may serve.
@@ -100,52 +79,34 @@ class Verdict:
     reason: str
     speedup: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dictionary."""
+        return asdict(self)
 
-def serves(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    rotation: Rotation,
-    *,
-    softcap: float | None = None,
-    learned_sinks: mx.array | None = None,
-    packed: tuple[Packed, Packed] | None = None,
-) -> bool:
-    """Tell whether the decode kernel serves a call, checking it at the first of its kind.
 
-    Args:
-        queries: ``[B, n_heads, L, head_dim]``.
-        keys: ``[B, n_kv_heads, rows, head_dim]``.
-        values: ``[B, n_kv_heads, rows, v_head_dim]``.
-        rotation: The layer's rotary embedding.
-        softcap: As in `decode.decode`.
-        learned_sinks: As in `decode.decode`.
-        packed: The same keys and values as they are held, if quantised.
+def failure(error: Exception) -> Verdict:
+    """Return the verdict on a kernel that could not be compiled or run."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return Verdict(False, None, f"it failed to run ({' '.join(lines[:3])[:300]})")
 
-    Raises:
-        KernelError: `SWITCH` is ``on``, and there is no Metal or the check failed.
-        ConfigError: `SWITCH` is none of its three words.
-    """
-    if not is_wanted() or mx.default_device() != source.device():
-        return False
-    dtype, (_, H, n, D), n_kv = queries.dtype, queries.shape, keys.shape[1]
-    if D % 16 or values.shape[3] % 16 or inputs.MAX_GROUP * n_kv < H:
-        return False
-    if dtype not in inputs.DTYPES or keys.dtype != dtype or values.dtype != dtype:
-        return False
-    return _is_trusted(
-        Specialisation(
-            *(dtype, H // n_kv, D, values.shape[3], n, rotation.dims, rotation.interleaved),
-            softcap=softcap is not None,
-            learned_sinks=learned_sinks is not None,
-            packed=packed and (packed[0].bits, packed[1].bits, packed[0].group_size),
-        )
-    )
+
+def judge(error: float, dtype: mx.Dtype) -> Verdict:
+    """Return the verdict on a kernel by its largest error, in units of the largest output."""
+    if not math.isfinite(error):
+        return Verdict(False, None, "its results are not finite")
+    if error > TOLERANCES[dtype]:
+        return Verdict(False, error, f"its results are off by {error:.2g}")
+    return Verdict(True, error, "")
 
 
 @functools.cache
 def is_wanted() -> bool:
-    """Tell whether kernels are to be used at all: settled once, at the first decode step."""
+    """Tell whether kernels are to be used at all; decided once a process.
+
+    Raises:
+        KernelError: `SWITCH` is ``on``, and MLX has no GPU.
+        ConfigError: `SWITCH` is none of its three words.
+    """
     mode = os.environ.get(SWITCH, "auto")
     if mode not in ("auto", "on", "off"):
         raise ConfigError(f"{SWITCH} must be auto, on or off, got {mode!r}")
@@ -154,108 +115,48 @@ def is_wanted() -> bool:
     return mode != "off" and source.is_available()
 
 
-@functools.cache
-def _is_trusted(spec: Specialisation) -> bool:
-    """Tell whether a kernel serves; say once why one does not."""
-    return accepts(spec.name, verdict_of(spec))
+def is_forced() -> bool:
+    """Tell whether `SWITCH` is ``on``."""
+    return os.environ.get(SWITCH) == "on"
 
 
 def accepts(name: str, verdict: Verdict) -> bool:
-    """Return the verdict's word; warn of a kernel that may not serve.
+    """Tell whether a kernel passed; warn if it did not.
 
     Raises:
-        KernelError: It may not serve, and `SWITCH` is ``on``.
+        KernelError: It did not pass, and `SWITCH` is ``on``.
     """
     if verdict.passed:
         return True
     message = f"the kernel {name} is not used on this machine: {verdict.reason}"
-    if os.environ.get(SWITCH) == "on":
+    if is_forced():
         raise KernelError(message)
     warnings.warn(
-        f"{message}. Results stay right, and come more slowly. Please report this with the output "
-        "of `python -m mlx_sink.doctor`.",
+        f"{message}. Results stay right, and come more slowly. Please report this with the file "
+        "that `python -m mlx_sink.doctor --report FILE` writes.",
         RuntimeWarning,
         stacklevel=2,
     )
     return False
 
 
-def verdict_of(spec: Specialisation) -> Verdict:
-    """Return the verdict on a specialisation on this machine: the one kept, or a new one."""
-    return recall(spec.name, lambda: check(spec))
+def verdict_of(name: str, check: Callable[[], Verdict]) -> Verdict:
+    """Return the verdict on a kernel on this machine: the one in the store, or a new one.
 
-
-def recall(name: str, make: Callable[[], Verdict]) -> Verdict:
-    """Return the verdict kept under a kernel's name for this machine, or make and keep one."""
+    Args:
+        name: The kernel's variant.
+        check: Makes a new verdict, which is then stored.
+    """
     path = folder() / f"{_key(name)}.json"
     verdict = _read(path)
     if verdict is None:
-        verdict = make()
+        verdict = check()
         _write(path, name, verdict)
     return verdict
 
 
-def check(spec: Specialisation) -> Verdict:
-    """Run a specialisation, with one split and with several, and compare it with `reference`."""
-    heads, rows, B = 2, max(ring.capacity for ring in trial.RINGS) + spec.n, len(trial.RINGS)
-    q, k, v = trial.normals(
-        (B, heads * spec.group, spec.n, spec.head_dim),
-        (B, heads, rows, spec.head_dim),
-        (B, heads, rows, spec.v_head_dim),
-        dtype=spec.dtype,
-    )
-    rotation = trial.rotation_of(spec.rotated, spec.interleaved)
-    layouts = [layout_of(ring, spec.n) for ring in trial.RINGS]
-    scale = 2.0 * spec.head_dim**-0.5
-    cap = trial.SOFTCAP if spec.softcap else None
-    logits = trial.logits_of(heads * spec.group) if spec.learned_sinks else None
-    error, is_packed = 0.0, spec.packed is not None
-    tables = decode.Tables.stack(
-        [
-            decode.tables_of(a, a.block(a.ring.tokens, a.end), rotation, packed=is_packed)
-            for a in layouts
-        ]
-    )
-    try:
-        run: Callable[..., mx.array] = functools.partial(decode.decode, q, k, v, tables)
-        if spec.packed is not None:
-            k_bits, v_bits, size = spec.packed
-            rows = packed(k, trial.SINKS, k_bits, size), packed(v, trial.SINKS, v_bits, size)
-            run = functools.partial(decode_packed, q, *rows, tables)
-            k, v = (x.expanded() for x in rows)
-        wanted = trial.by_reference(q, k, v, layouts, rotation, scale, cap, logits)
-        for splits in (1, 3):
-            out = run(scale=scale, softcap=cap, learned_sinks=logits, splits=splits)
-            error = max(error, trial.error_of(out, wanted))
-    except (RuntimeError, ValueError) as failure:
-        return failed(failure)
-    return judged(error, spec.dtype)
-
-
-def failed(failure: Exception) -> Verdict:
-    """Return the verdict on a kernel that could not be run."""
-    lines = [line for line in str(failure).splitlines() if line.strip()]
-    return Verdict(False, None, f"it failed to run ({' '.join(lines[:3])[:300]})")
-
-
-def judged(error: float, dtype: mx.Dtype) -> Verdict:
-    """Return the verdict on a kernel that was off by so much, in units of the largest output."""
-    if not error <= TOLERANCES[dtype]:
-        return Verdict(False, error, f"its results are off by {error:.2g}")
-    return Verdict(True, error, "")
-
-
-def forget() -> None:
-    """Forget what this process has settled: tests change the machine under it."""
-    decode.forget()
-    forget_packed()
-    prefill.forget()
-    is_wanted.cache_clear()
-    _is_trusted.cache_clear()
-
-
 def machine() -> dict[str, str]:
-    """Return what a verdict holds for, apart from the specialisation."""
+    """Return what a verdict holds for, apart from the kernel's variant."""
     info = mx.device_info(source.device())
     return {
         "gpu": str(info.get("device_name", "")),
@@ -263,34 +164,29 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "mlx": version("mlx"),
         "backend": source.backend(),
-        "text": source.stamp(*decode.TEXTS, *PACKED_TEXTS, *prefill.TEXTS),
+        "text": source.stamp(*source.names()),
     }
 
 
 def folder() -> Path:
-    """Return where verdicts are kept."""
-    given = os.environ.get(FOLDER)
-    if given:
-        return Path(given)
+    """Return the folder of the verdicts."""
+    if chosen := os.environ.get(FOLDER):
+        return Path(chosen)
     if platform.system() == "Darwin":
         return Path.home() / "Library" / "Caches" / "mlx_sink"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_sink"
 
 
-def kept() -> list[dict[str, Any]]:
-    """Return the verdicts that use has left in `folder`, of this machine as it is now.
-
-    Returns:
-        Dictionaries of ``kernel`` (its name) and the fields of `Verdict`.
-    """
-    here, found = machine(), list[dict[str, Any]]()
+def stored() -> dict[str, Verdict]:
+    """Return the verdicts in `folder` that hold for this machine as it is now, by kernel."""
+    here, verdicts = machine(), dict[str, Verdict]()
     for path in sorted(folder().glob("*.json")):
         verdict = _read(path)
         if verdict is not None:
             facts = json.loads(path.read_text(encoding="utf-8"))
             if all(facts.get(name) == value for name, value in here.items()):
-                found.append({"kernel": str(facts.get("kernel")), **asdict(verdict)})
-    return found
+                verdicts[str(facts.get("kernel"))] = verdict
+    return verdicts
 
 
 def _key(name: str) -> str:
@@ -299,25 +195,143 @@ def _key(name: str) -> str:
 
 
 def _read(path: Path) -> Verdict | None:
-    """Return a verdict that was kept; a file that cannot be read is as good as none."""
+    """Return a stored verdict; None for a file that is missing or damaged."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8"))
         return Verdict(
-            bool(kept["passed"]), kept["error"], str(kept["reason"]), kept.get("speedup")
+            bool(facts["passed"]), facts["error"], str(facts["reason"]), facts.get("speedup")
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _write(path: Path, name: str, verdict: Verdict) -> None:
-    """Keep a verdict. The file appears whole or not at all, as processes may check at once."""
-    text = json.dumps({"kernel": name, **machine(), **asdict(verdict)}, indent=1)
+    """Store a verdict. The file appears whole or not at all, as processes may check at once."""
+    text = json.dumps({"kernel": name, **machine(), **verdict.to_dict()}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, delete=False
-        ) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    except OSError:
+        write_whole(path, text.encode())
+    except (OSError, OutputError):
         return  # A folder that cannot be written costs a check in every process, no more.
+
+
+NUM_SINKS = 4
+RINGS = (
+    Ring(num_sinks=NUM_SINKS, window=203, epoch=1000, tokens=741),
+    Ring(num_sinks=NUM_SINKS, window=203, epoch=300, tokens=660, start=600, previous=300),
+)
+"""The rings of a check. One has wrapped in its first epoch; the window of the other spans two."""
+SOFTCAP = 2.0
+"""The size of a typical score."""
+_MEAN_LOGIT = 6.5
+"""Of learned sinks: about the logarithm of the sum of the keys' weights. Small ones would not
+show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a kernel is checked on: random arrays, and which tokens they are.
+
+    Attributes:
+        queries: ``[B, n_heads, n, head_dim]``.
+        keys: ``[B, n_kv_heads, rows, head_dim]``.
+        values: ``[B, n_kv_heads, rows, v_head_dim]``.
+        layouts: Which token each query and row is, for each sequence.
+        rotation: A rotary embedding in which a wrong turn shows at once.
+        scale: Factor on q.k: sharp, so that the softmax picks a few keys.
+        options: Softcap and learned sinks, if the variant has them.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    layouts: list[Layout]
+    rotation: Rotation
+    scale: float
+    options: reference.Extras
+
+    def error(self, *outputs: mx.array) -> float:
+        """Return the largest error of a kernel's outputs, in units of the largest that is right.
+
+        NaN if any output is.
+        """
+        with mx.stream(mx.cpu):
+            expected = self._expected()
+            errors = mx.stack([mx.abs(out.astype(mx.float32) - expected) for out in outputs])
+            return cast("float", (errors.max() / mx.abs(expected).max()).item())
+
+    def _expected(self) -> mx.array:
+        """Compute in float32 and on the CPU, where matrix products are not cut to TF32."""
+        outputs: list[mx.array] = []
+        for b, layout in enumerate(self.layouts):
+            q, k, v = (
+                x[b : b + 1].astype(mx.float32) for x in (self.queries, self.keys, self.values)
+            )
+            # A new key each time: those of a model's steps must stay in the rotation's memory.
+            queries = {
+                turn: self.rotation.turn(q * self.scale, layout.turns(turn), key=object())
+                for turn in Turn
+            }
+            block, window = layout.block(layout.ring.tokens, layout.end), layout.ring.window
+            outputs.append(reference.attend(queries, k, v, block, window, **self.options))
+        return mx.concatenate(outputs)
+
+
+def sample(
+    dtype: mx.Dtype,
+    *,
+    n: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    rotated: int,
+    interleaved: bool,
+    softcap: bool,
+    learned_sinks: bool,
+    rings: Sequence[Ring] = RINGS,
+) -> Sample:
+    """Return a random sample for a variant of a kernel, the same every time.
+
+    Args:
+        dtype: Of queries, keys and values.
+        n: Queries of each sequence.
+        n_heads: Query heads.
+        n_kv_heads: Heads of keys and values.
+        head_dim: Of queries and keys.
+        v_head_dim: Of values.
+        rotated: Dimensions that the rotary embedding rotates.
+        interleaved: As in `Rotation`.
+        softcap: With a softcap.
+        learned_sinks: With learned sinks.
+        rings: The state of each sequence.
+    """
+    layouts = [layout_of(ring, n) for ring in rings]
+    # One row more than any query may read.
+    rows = 1 + max(run.row + run.length for layout in layouts for run in layout.runs)
+    shapes = (n_heads, n, head_dim), (n_kv_heads, rows, head_dim), (n_kv_heads, rows, v_head_dim)
+    with mx.stream(mx.cpu):
+        keys = mx.random.split(mx.random.key(0), len(shapes))
+        q, k, v = (
+            mx.random.normal((len(rings), *shape), key=key).astype(dtype)
+            for shape, key in zip(shapes, keys, strict=True)
+        )
+        logits = mx.random.normal((n_heads,), loc=_MEAN_LOGIT, key=mx.random.key(1))
+    return Sample(
+        q,
+        k,
+        v,
+        layouts,
+        rotation_of(rotated, interleaved),
+        2.0 * head_dim**-0.5,
+        {
+            "softcap": SOFTCAP if softcap else None,
+            "learned_sinks": logits if learned_sinks else None,
+        },
+    )
+
+
+def rotation_of(rotated: int, interleaved: bool) -> Rotation:
+    """Return a rotary embedding of low base, in which a wrong turn shows at once."""
+    pairs = rotated // 2
+    return Rotation([100.0 ** -(i / max(pairs, 1)) for i in range(pairs)], interleaved)
