@@ -16,10 +16,10 @@ from mlx_sink.kernels.decode import MAX_QUERIES, decode, fits, tables_of
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.prefill import prefill
 from mlx_sink.kernels.prefill import tables_of as prefill_tables_of
+from mlx_sink.packed import Packed
 from mlx_sink.reference import BLOCK
 from mlx_sink.ring import Block, Layout, Turn, blocks_of
 from mlx_sink.rope import Rotation
-from mlx_sink.storage import Packed
 
 STILL = frozenset([Turn.NONE])
 

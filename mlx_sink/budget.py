@@ -18,9 +18,8 @@ from mlx import utils
 
 from mlx_sink.attach import attach, trained_context
 from mlx_sink.attention import BLOCK
-from mlx_sink.config import DEFAULT_NUM_SINKS, SinkConfig
+from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError, UnsupportedModelError
-from mlx_sink.loop import PREFILL_STEP
 from mlx_sink.report import Report, format_bytes
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -11,10 +11,11 @@ import mlx.core as mx
 from mlx_sink import lending
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
+from mlx_sink.packed import Packed
 from mlx_sink.reference import mask_of
 from mlx_sink.ring import Layout, Ring, layout_of
 from mlx_sink.rope import Rotation
-from mlx_sink.storage import Packed, storage_of
+from mlx_sink.storage import storage_of
 
 
 class SinkCache:

@@ -29,9 +29,9 @@ from mlx_sink.errors import ConfigError
 from mlx_sink.kernels import decode, prefillcheck, selfcheck, source
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.selfcheck import Specialisation
+from mlx_sink.packed import Packed, packed
 from mlx_sink.ring import Ring, Turn, layout_of
 from mlx_sink.rope import Rotation
-from mlx_sink.storage import Packed, packed
 
 PROG = "python -m mlx_sink.doctor"
 DESCRIPTION = (

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.choice import Choice, History, Sampling, choose
-from mlx_sink.errors import CacheError, InputError, ModelError
+from mlx_sink.errors import CacheError, InputError
 from mlx_sink.trees import copied
 
 _evaluate: Callable[..., None] = cast("Any", mx).eval
@@ -196,23 +196,3 @@ def check_caches(caches: Sequence[Any], n: int, whose: str) -> None:
                 f"the {whose} cannot take tokens back, which drafting needs: layer {i} has a "
                 f"{type(cache).__name__}"
             )
-
-
-def check_vocabulary(tokenizer: Any, draft_tokenizer: Any) -> None:
-    """Raise unless two tokenizers give a text the same tokens.
-
-    Special tokens may differ: families of models often name their reserved ones otherwise.
-
-    Raises:
-        ModelError: They have other vocabularies.
-    """
-    ours, theirs = (
-        {word: i for word, i in t.get_vocab().items() if word not in t.get_added_vocab()}
-        for t in (tokenizer, draft_tokenizer)
-    )
-    if ours != theirs:
-        alike = len(ours.items() & theirs.items())
-        raise ModelError(
-            f"the draft model's tokenizer does not match the model's: of its {len(theirs)} "
-            f"tokens {alike} are among the model's {len(ours)}; use one of the same family"
-        )

@@ -15,7 +15,6 @@ from mlx_sink import checkpoint, settings
 from mlx_sink.attach import attach
 from mlx_sink.checkpoint import first_line
 from mlx_sink.config import SinkConfig
-from mlx_sink.draft import check_vocabulary
 from mlx_sink.errors import ConfigError, ModelError
 from mlx_sink.report import Report
 from mlx_sink.settings import Settings
@@ -181,3 +180,23 @@ def is_remote(name: str) -> bool:
     if name == DEMO or Path(name).expanduser().exists():
         return False
     return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None
+
+
+def check_vocabulary(tokenizer: Any, draft_tokenizer: Any) -> None:
+    """Raise unless two tokenizers give a text the same tokens.
+
+    Special tokens may differ: families of models often name their reserved ones otherwise.
+
+    Raises:
+        ModelError: They have other vocabularies.
+    """
+    ours, theirs = (
+        {word: i for word, i in t.get_vocab().items() if word not in t.get_added_vocab()}
+        for t in (tokenizer, draft_tokenizer)
+    )
+    if ours != theirs:
+        alike = len(ours.items() & theirs.items())
+        raise ModelError(
+            f"the draft model's tokenizer does not match the model's: of its {len(theirs)} "
+            f"tokens {alike} are among the model's {len(ours)}; use one of the same family"
+        )

@@ -20,6 +20,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 
 from mlx_sink.cache import SinkCache
 from mlx_sink.choice import Choice, History, Sampling, choose
+from mlx_sink.config import PREFILL_STEP
 from mlx_sink.draft import Draft, Step
 from mlx_sink.errors import CacheError
 from mlx_sink.group import leaves
@@ -30,9 +31,6 @@ Progress = Callable[[int, int], None]
 
 PENALTY_WINDOW = 1024
 """Newest tokens that logits processors see, unless stated."""
-
-PREFILL_STEP = 2048
-"""Tokens read at once, unless stated."""
 
 CLEAR_EVERY = 256
 """Tokens after which MLX gives buffers that it no longer uses back to the system."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import OutputError
-from mlx_sink.loop import PREFILL_STEP, Progress, Sampling, quiet
+from mlx_sink.loop import Progress, Sampling, quiet
 from mlx_sink.stream import GenerationResponse, Stream
 
 SAVE_EVERY = 1024

@@ -20,9 +20,10 @@ from mlx_sink import CacheError, SessionError, SinkConfig, Stream, UnsupportedMo
 from mlx_sink.attach import make_cache
 from mlx_sink.attention import sink_attention
 from mlx_sink.cache import SinkCache
+from mlx_sink.packed import Packed, packed
 from mlx_sink.ring import layout_of
 from mlx_sink.rope import Rotation
-from mlx_sink.storage import GROWTH, Packed, Plain, Quantised, packed
+from mlx_sink.storage import GROWTH, Plain, Quantised
 
 S, W, R, E = 3, 10, 2, 17
 SIZE = 32

@@ -28,9 +28,9 @@ from mlx_sink.kernels import arguments, decode, prefill, source, trial
 from mlx_sink.kernels.decode_packed import TEXTS as PACKED_TEXTS
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.decode_packed import forget as forget_packed
+from mlx_sink.packed import Packed, packed
 from mlx_sink.ring import layout_of
 from mlx_sink.rope import Rotation
-from mlx_sink.storage import Packed, packed
 
 SWITCH = "MLX_SINK_KERNEL"
 """``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and
