@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_sink.choice import Choice, History, Sampling, choose
 from mlx_sink.errors import CacheError, InputError
-from mlx_sink.trees import copied
+from mlx_sink.io.trees import copied
 
 _evaluate: Callable[..., None] = cast("Any", mx).eval
 

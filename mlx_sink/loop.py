@@ -24,7 +24,7 @@ from mlx_sink.config import PREFILL_STEP
 from mlx_sink.draft import Draft, Step
 from mlx_sink.errors import CacheError
 from mlx_sink.group import leaves
-from mlx_sink.trees import copied
+from mlx_sink.io.trees import copied
 
 Progress = Callable[[int, int], None]
 """Called with the tokens read so far and the tokens to read."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_sink.errors import ConfigError
-from mlx_sink.files import write_whole
-from mlx_sink.units import short
+from mlx_sink.io.files import write_whole
+from mlx_sink.io.units import short
 
 FORMATS = (".png", ".svg")
 

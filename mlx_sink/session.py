@@ -16,13 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx import utils
 
-from mlx_sink import store
 from mlx_sink.attach import make_cache
 from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.group import leaves
+from mlx_sink.io import tensors as store
+from mlx_sink.io.trees import pack, unpack
 from mlx_sink.loop import Loop
 from mlx_sink.ring import Ring
-from mlx_sink.trees import pack, unpack
 
 SAMPLE = 16
 """Values of each weight that tell one model from another."""

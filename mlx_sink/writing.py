@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mlx_sink import atomic
+from mlx_sink.io import atomic
 
 INTERVAL = 0.1
 """Seconds between two looks at the folder."""

@@ -21,8 +21,9 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, Rotating
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_sink
-from mlx_sink import CacheError, OutputError, SessionError, SinkConfig, Stream, store
-from mlx_sink.trees import copied, pack, unpack
+from mlx_sink import CacheError, OutputError, SessionError, SinkConfig, Stream
+from mlx_sink.io import tensors as store
+from mlx_sink.io.trees import copied, pack, unpack
 
 CONFIG = SinkConfig(num_sinks=4, window=20, epoch=32)
 

@@ -29,10 +29,10 @@ from mlx_sink import (
     Stream,
     attach,
     cli,
-    store,
     turns,
 )
 from mlx_sink.generate import main
+from mlx_sink.io import tensors as store
 from mlx_sink.prompt import frame, render_again
 
 SAMPLING = shlex.split("--temp 0.9 --top-p 0.95 --repetition-penalty 1.2 --seed 3 --ignore-eos")

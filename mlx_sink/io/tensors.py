@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 
-from mlx_sink import atomic
 from mlx_sink.errors import OutputError, SessionError
+from mlx_sink.io import atomic
 
 FORMAT = "mlx_sink session 1"
 START = b'{"__metadata__":{"sha256":"'
