@@ -22,12 +22,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sink.attention.reference import mask_of
+from mlx_sink.attention.ring import Block, Layout, Span, Turn, layout_of
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
-from mlx_sink.reference import mask_of
-from mlx_sink.ring import Block, Layout, Span, Turn, layout_of
-from mlx_sink.rope import Rotation
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sink.attention import sink_attention
+from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.rope import RopeCall
 from mlx_sink.cache import SinkCache
-from mlx_sink.rope import RopeCall
 
 # fmt: off
 VERIFIED = frozenset({

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_sink.aligned import AlignedCache, Rows, align_ropes, restore_ropes
 from mlx_sink.architectures import VERIFIED, position_limit, refusal
+from mlx_sink.attention.rope import RopeCall, Rotation
 from mlx_sink.cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
@@ -18,7 +19,6 @@ from mlx_sink.group import leaves
 from mlx_sink.hook import hook
 from mlx_sink.layers import bounded_caches, common_epoch, native_caches
 from mlx_sink.report import LayerReport, Report, report_of
-from mlx_sink.rope import RopeCall, Rotation
 from mlx_sink.trace import Seen, WatchedCache, trace, watch
 from mlx_sink.verify import verify
 

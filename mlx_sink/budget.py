@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx import utils
 
 from mlx_sink.attach import attach, trained_context
-from mlx_sink.attention import BLOCK
+from mlx_sink.attention.dispatch import BLOCK
 from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError, UnsupportedModelError
 from mlx_sink.report import Report, format_bytes

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.architectures import adapt
-from mlx_sink.attention import sink_attention
+from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.cache import SinkCache
 from mlx_sink.lending import lender_of
 

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_sink.attention.packed import Packed, assembled
+from mlx_sink.attention.ring import Copy, Layout, Run
 from mlx_sink.config import GROUP_SIZES, SinkConfig
 from mlx_sink.errors import CacheError
-from mlx_sink.packed import Packed, assembled
-from mlx_sink.ring import Copy, Layout, Run
 
 GROWTH = 256
 """Slots by which arrays grow until they reach their limit."""

@@ -28,7 +28,7 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_sink import SinkCache, SinkConfig, SinkError, attach
 from mlx_sink.arms import rotating_caches
-from mlx_sink.attention import sink_attention
+from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.errors import ConfigError
 from mlx_sink.measure import (
     DTYPES,

@@ -22,8 +22,8 @@ from tiny import cut, distance, every, mixed, visible
 
 from mlx_sink import CacheError, SinkConfig, attach, detach
 from mlx_sink.aligned import AlignedCache, AlignedRope, Rows, is_doubled, whole
-from mlx_sink.ring import Turn, layout_of
-from mlx_sink.rope import Rotation
+from mlx_sink.attention.ring import Turn, layout_of
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.trace import rope_call
 
 N = 60

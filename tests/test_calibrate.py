@@ -90,7 +90,7 @@ def test_shares_of_every_architecture(name: str):
 
 def test_what_is_observed_is_what_is_attended_with():
     """The observer is gone after the block, and changes nothing."""
-    from mlx_sink.attention import observed
+    from mlx_sink.attention.dispatch import observed
 
     model, tokens = build("llama", layers=2), random_tokens(30)
     seen: list[Any] = []

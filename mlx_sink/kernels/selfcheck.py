@@ -23,14 +23,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sink.attention.packed import Packed, packed
+from mlx_sink.attention.ring import layout_of
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import ConfigError, KernelError
 from mlx_sink.kernels import arguments, decode, prefill, source, trial
 from mlx_sink.kernels.decode_packed import TEXTS as PACKED_TEXTS
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.decode_packed import forget as forget_packed
-from mlx_sink.packed import Packed, packed
-from mlx_sink.ring import layout_of
-from mlx_sink.rope import Rotation
 
 SWITCH = "MLX_SINK_KERNEL"
 """``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and

@@ -7,9 +7,9 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_sink import reference
-from mlx_sink.ring import Layout, Ring, Turn
-from mlx_sink.rope import Rotation
+from mlx_sink.attention import reference
+from mlx_sink.attention.ring import Layout, Ring, Turn
+from mlx_sink.attention.rope import Rotation
 
 SINKS = 4
 RINGS = (

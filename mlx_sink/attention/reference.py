@@ -14,8 +14,8 @@ from typing import Any, TypedDict, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_sink.ring import Block, Layout, Ring, Span, Turn, layout_of
-from mlx_sink.rope import Rotation
+from mlx_sink.attention.ring import Block, Layout, Ring, Span, Turn, layout_of
+from mlx_sink.attention.rope import Rotation
 
 BLOCK = 64
 """Queries attended together: keys that none of them sees are never multiplied.

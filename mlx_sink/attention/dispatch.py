@@ -10,16 +10,16 @@ from itertools import groupby
 
 import mlx.core as mx
 
-from mlx_sink import reference
+from mlx_sink.attention import reference
+from mlx_sink.attention.packed import Packed
+from mlx_sink.attention.reference import BLOCK
+from mlx_sink.attention.ring import Block, Layout, Turn, blocks_of
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.kernels import prefillcheck, selfcheck
 from mlx_sink.kernels.decode import MAX_QUERIES, decode, fits, tables_of
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.prefill import prefill
 from mlx_sink.kernels.prefill import tables_of as prefill_tables_of
-from mlx_sink.packed import Packed
-from mlx_sink.reference import BLOCK
-from mlx_sink.ring import Block, Layout, Turn, blocks_of
-from mlx_sink.rope import Rotation
 
 STILL = frozenset([Turn.NONE])
 
