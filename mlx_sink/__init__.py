@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_sink.attach import attach, detach
-    from mlx_sink.cache import SinkCache
+    from mlx_sink.cache.sink_cache import SinkCache
     from mlx_sink.config import SinkConfig
     from mlx_sink.errors import (
         CacheError,
@@ -63,7 +63,7 @@ __all__ = [
 _HOMES = {
     "attach": "attach",
     "detach": "attach",
-    "SinkCache": "cache",
+    "SinkCache": "cache.sink_cache",
     "SinkConfig": "config",
     "CacheError": "errors",
     "ConfigError": "errors",

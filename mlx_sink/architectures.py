@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.rope import RopeCall
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.sink_cache import SinkCache
 
 # fmt: off
 VERIFIED = frozenset({

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import mlx.nn as nn
 
-from mlx_sink.aligned import AlignedCache, Rows, align_ropes, restore_ropes
 from mlx_sink.architectures import VERIFIED, position_limit, refusal
 from mlx_sink.attention.rope import RopeCall, Rotation
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.aligned import AlignedCache, Rows, align_ropes, restore_ropes
+from mlx_sink.cache.group import leaves
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
-from mlx_sink.group import leaves
 from mlx_sink.hook import hook
 from mlx_sink.layers import bounded_caches, common_epoch, native_caches
 from mlx_sink.report import LayerReport, Report, report_of

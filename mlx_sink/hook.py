@@ -16,8 +16,8 @@ import mlx.nn as nn
 
 from mlx_sink.architectures import adapt
 from mlx_sink.attention.dispatch import sink_attention
-from mlx_sink.cache import SinkCache
-from mlx_sink.lending import lender_of
+from mlx_sink.cache.lending import lender_of
+from mlx_sink.cache.sink_cache import SinkCache
 
 HOOKED = "scaled_dot_product_attention"
 MARK = "_hooked_by_mlx_sink"

@@ -14,10 +14,10 @@ from typing import Any, cast
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.group import CacheGroup
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import UnsupportedModelError
-from mlx_sink.group import CacheGroup
 
 Make = Callable[[SinkConfig, bool], SinkCache]
 """Makes the next ring of a model, chunked or not; see `SinkCache`."""

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from mlx_sink.aligned import AlignedCache
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.aligned import AlignedCache
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 
 

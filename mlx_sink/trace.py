@@ -18,10 +18,10 @@ import mlx.nn as nn
 
 from mlx_sink.architectures import FUSED_ROPES
 from mlx_sink.attention.rope import RopeCall, Rotation
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.group import leaves
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
-from mlx_sink.group import leaves
 from mlx_sink.hook import namespaces
 
 

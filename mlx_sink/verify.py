@@ -18,10 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.group import leaves
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
-from mlx_sink.group import leaves
 from mlx_sink.layers import native_caches
 from mlx_sink.trace import in_a_line
 

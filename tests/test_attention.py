@@ -20,7 +20,7 @@ from mlx_sink import SinkConfig
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.ring import Ring, blocks_of, layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.trace import rope_call
 
 BASE = 100.0

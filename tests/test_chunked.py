@@ -23,7 +23,7 @@ from mlx_sink import SinkConfig, attach
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.reference import visible
 from mlx_sink.attention.ring import Layout, Ring, Turn, blocks_of, layout_of
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.sink_cache import SinkCache
 
 CUTS: dict[str, Callable[[], Iterable[int]]] = {
     "steps": lambda: every(1),

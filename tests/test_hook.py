@@ -19,8 +19,8 @@ from mlx_sink import CacheError, SinkConfig
 from mlx_sink import hook as seam
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.cache import SinkCache
-from mlx_sink.lending import _lenders, lender_of, note
+from mlx_sink.cache.lending import _lenders, lender_of, note
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.trace import rope_call
 
 CONFIG = SinkConfig(2, 5, epoch=9)

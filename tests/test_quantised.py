@@ -22,8 +22,8 @@ from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.packed import Packed, packed
 from mlx_sink.attention.ring import layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.cache import SinkCache
-from mlx_sink.storage import GROWTH, Plain, Quantised
+from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.cache.storage import GROWTH, Plain, Quantised
 
 S, W, R, E = 3, 10, 2, 17
 SIZE = 32

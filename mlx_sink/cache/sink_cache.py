@@ -8,14 +8,14 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_sink import lending
 from mlx_sink.attention.packed import Packed
 from mlx_sink.attention.reference import mask_of
 from mlx_sink.attention.ring import Layout, Ring, layout_of
 from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache import lending
+from mlx_sink.cache.storage import storage_of
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
-from mlx_sink.storage import storage_of
 
 
 class SinkCache:

@@ -25,7 +25,7 @@ import mlx.nn as nn
 from mlx_sink.attention.reference import mask_of
 from mlx_sink.attention.ring import Block, Layout, Span, Turn, layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
 
