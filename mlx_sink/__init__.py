@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_sink.attach import attach, detach
     from mlx_sink.cache.sink_cache import SinkCache
     from mlx_sink.config import SinkConfig
     from mlx_sink.errors import (
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from mlx_sink.functions import generate, stream_generate
-    from mlx_sink.load import load
-    from mlx_sink.report import LayerReport, Report
+    from mlx_sink.models.attach import attach, detach
+    from mlx_sink.models.load import load
+    from mlx_sink.models.report import LayerReport, Report
     from mlx_sink.stream import Stream
 
 __version__ = "0.1.0"
@@ -61,8 +61,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attach": "attach",
-    "detach": "attach",
+    "attach": "models.attach",
+    "detach": "models.attach",
     "SinkCache": "cache.sink_cache",
     "SinkConfig": "config",
     "CacheError": "errors",
@@ -77,9 +77,9 @@ _HOMES = {
     "Stream": "stream",
     "generate": "functions",
     "stream_generate": "functions",
-    "load": "load",
-    "LayerReport": "report",
-    "Report": "report",
+    "load": "models.load",
+    "LayerReport": "models.report",
+    "Report": "models.report",
 }
 
 

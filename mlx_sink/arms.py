@@ -10,9 +10,9 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from mlx_sink.attach import attach, make_cache
 from mlx_sink.config import SinkConfig
-from mlx_sink.layers import native_caches
+from mlx_sink.models.attach import attach, make_cache
+from mlx_sink.models.layers import native_caches
 
 NAMES = {
     "full": "full attention",

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from mlx_sink import turns
 from mlx_sink.errors import ConfigError, InputError
-from mlx_sink.load import DEMO
+from mlx_sink.models.load import DEMO
 from mlx_sink.prompt import Frame, frame, read_text, render, render_again
 
 

@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx import utils
 
-from mlx_sink.attach import attach, trained_context
 from mlx_sink.attention.dispatch import BLOCK
 from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError, UnsupportedModelError
-from mlx_sink.report import Report, format_bytes
+from mlx_sink.models.attach import attach, trained_context
+from mlx_sink.models.report import Report, format_bytes
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -13,10 +13,10 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from mlx_sink.attach import attach, detach, make_cache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError
-from mlx_sink.settings import Settings
+from mlx_sink.models.attach import attach, detach, make_cache
+from mlx_sink.models.settings import Settings
 from mlx_sink.sink_share import SinkShare, sink_share
 
 SINKS = (0, 1, 2, 4, 8)

@@ -11,9 +11,9 @@ import numpy as np
 
 import mlx_sink
 from mlx_sink.calibrate import Arm, Calibration
-from mlx_sink.checkpoint import read_json
-from mlx_sink.report import format_bytes
-from mlx_sink.settings import SECTION
+from mlx_sink.models.checkpoint import read_json
+from mlx_sink.models.report import format_bytes
+from mlx_sink.models.settings import SECTION
 from mlx_sink.sink_share import SinkShare
 
 CARD, PICTURE = "SINK.md", "SINK.png"

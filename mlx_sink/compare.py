@@ -16,17 +16,17 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from mlx_sink import arms, cli, losses, page, plots, recall, resume
-from mlx_sink import settings as own_settings
-from mlx_sink.attach import attach
 from mlx_sink.comparison import Comparison, Settings
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io.files import write_whole
 from mlx_sink.io.units import parse_tokens
-from mlx_sink.load import load_unattached
 from mlx_sink.measure import as_json, describe, machine, say
+from mlx_sink.models import settings as own_settings
+from mlx_sink.models.attach import attach
+from mlx_sink.models.lazy import weight_bytes
+from mlx_sink.models.load import load_unattached
 from mlx_sink.prompt import read_text
 from mlx_sink.session import fingerprint
-from mlx_sink.skeleton import weight_bytes
 
 PROG = "python -m mlx_sink.compare"
 DESCRIPTION = (

@@ -23,7 +23,7 @@ from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError, UnsupportedModelError
 from mlx_sink.losses import Losses, Tokens
 from mlx_sink.measure import timed
-from mlx_sink.skeleton import weight_bytes
+from mlx_sink.models.lazy import weight_bytes
 
 STEPS = 32
 """Tokens before each length that are decoded one by one and timed."""

@@ -22,19 +22,20 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_sink import checkpoint, cli, settings, writing
+from mlx_sink import cli, writing
 from mlx_sink import recipe as recipes
-from mlx_sink.attach import attach, detach
 from mlx_sink.calibrate import Calibration, calibrate, read
 from mlx_sink.calibration_files import SAMPLE, sample_text, write_calibration
-from mlx_sink.checkpoint import Checkpoint, first_line
 from mlx_sink.errors import ModelError, OutputError
 from mlx_sink.io import atomic
-from mlx_sink.load import find, is_remote, load_unattached
+from mlx_sink.models import checkpoint, settings
+from mlx_sink.models.attach import attach, detach
+from mlx_sink.models.checkpoint import Checkpoint, first_line
+from mlx_sink.models.load import find, is_remote, load_unattached
+from mlx_sink.models.report import Report, format_bytes
+from mlx_sink.models.settings import Settings
 from mlx_sink.prompt import read_text
 from mlx_sink.recipe import Recipe, rewritten, total, weights_of
-from mlx_sink.report import Report, format_bytes
-from mlx_sink.settings import Settings
 
 PROG = "python -m mlx_sink.convert"
 

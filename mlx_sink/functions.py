@@ -9,11 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 
-from mlx_sink.attach import make_cache
 from mlx_sink.choice import LogitsProcessor, Sampler, greedy
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import InputError
 from mlx_sink.loop import Progress, quiet
+from mlx_sink.models.attach import make_cache
 from mlx_sink.stream import Stream
 
 INSTEAD = {

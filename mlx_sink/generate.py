@@ -15,17 +15,17 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from mlx_sink import budget, cli, follow, sampling, turns
-from mlx_sink import settings as own_settings
 from mlx_sink.asked import Asked
-from mlx_sink.attach import attach
 from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.follow import Follower
-from mlx_sink.load import DEMO, load_draft, load_unattached
-from mlx_sink.report import Report
+from mlx_sink.models import settings as own_settings
+from mlx_sink.models.attach import attach
+from mlx_sink.models.load import DEMO, load_draft, load_unattached
+from mlx_sink.models.report import Report
+from mlx_sink.models.settings import Settings
 from mlx_sink.runner import Answering, Runner
 from mlx_sink.session import Described
-from mlx_sink.settings import Settings
 from mlx_sink.stream import Stream
 from mlx_sink.summary import summary
 

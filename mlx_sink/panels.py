@@ -10,7 +10,7 @@ from typing import Any
 from mlx_sink import plots
 from mlx_sink.arms import NAMES, SAMPLED
 from mlx_sink.io.units import short
-from mlx_sink.report import format_bytes
+from mlx_sink.models.report import format_bytes
 
 # Okabe and Ito, 2008: apart for people with any colour vision, on light and on dark.
 STYLES: dict[str, dict[str, Any]] = {

@@ -11,11 +11,13 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_sink import budget, checkpoint, settings, skeleton, work
-from mlx_sink.attach import attach, trained_context
+from mlx_sink import budget, work
 from mlx_sink.config import BITS, SinkConfig
 from mlx_sink.errors import ConfigError, SinkError, UnsupportedModelError
-from mlx_sink.report import LayerReport, Report
+from mlx_sink.models import checkpoint, settings
+from mlx_sink.models import lazy as skeleton
+from mlx_sink.models.attach import attach, trained_context
+from mlx_sink.models.report import LayerReport, Report
 
 LENGTHS = (4 << 10, 32 << 10, 128 << 10, 1 << 20, 10 << 20)
 """Tokens of a stream."""

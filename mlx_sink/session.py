@@ -16,13 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx import utils
 
-from mlx_sink.attach import make_cache
 from mlx_sink.attention.ring import Ring
 from mlx_sink.cache.group import leaves
 from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.io import tensors as store
 from mlx_sink.io.trees import pack, unpack
 from mlx_sink.loop import Loop
+from mlx_sink.models.attach import make_cache
 
 SAMPLE = 16
 """Values of each weight that tell one model from another."""

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sink.attach import attach, make_cache
 from mlx_sink.attention import reference
 from mlx_sink.attention.dispatch import Attended, observed
 from mlx_sink.attention.ring import Block, blocks_of
 from mlx_sink.config import SinkConfig
+from mlx_sink.models.attach import attach, make_cache
 
 FIRST = 8
 """Tokens at the start whose shares are kept apart."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_sink.load import DEMO
-from mlx_sink.report import format_bytes
-from mlx_sink.settings import SECTION_SOURCE
+from mlx_sink.models.load import DEMO
+from mlx_sink.models.report import format_bytes
+from mlx_sink.models.settings import SECTION_SOURCE
 
 
 def summary(s: dict[str, Any], prog: str) -> str:

@@ -19,8 +19,8 @@ import mlx.nn as nn
 from mlx import utils
 
 from mlx_sink.errors import UnsupportedModelError
-from mlx_sink.layers import native_caches
-from mlx_sink.skeleton import parameters, set_parameters
+from mlx_sink.models.layers import native_caches
+from mlx_sink.models.lazy import parameters, set_parameters
 
 VIEWS = frozenset(
     {"AsType", "Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split"}

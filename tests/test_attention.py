@@ -21,7 +21,7 @@ from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.ring import Ring, blocks_of, layout_of
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache.sink_cache import SinkCache
-from mlx_sink.trace import rope_call
+from mlx_sink.models.trace import rope_call
 
 BASE = 100.0
 """Small, so that even the slowest pair turns visibly within a small window."""

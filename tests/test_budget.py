@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten
 from tiny import VOCABULARY, build
 
 from mlx_sink import ConfigError, SinkConfig, attach, budget
-from mlx_sink.attach import make_cache
 from mlx_sink.budget import parse_bytes, plan
 from mlx_sink.loop import Loop, Sampling
+from mlx_sink.models.attach import make_cache
 
 
 @pytest.mark.parametrize(

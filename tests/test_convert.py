@@ -21,9 +21,10 @@ from folder import CHAT_TEMPLATE, make_folder
 from mlx_lm.convert import convert as mlx_lm_convert
 
 import mlx_sink
-from mlx_sink import OutputError, SinkConfig, UnsupportedModelError, checkpoint, writing
+from mlx_sink import OutputError, SinkConfig, UnsupportedModelError, writing
 from mlx_sink.convert import PROG, Recipe, Text, convert, main
 from mlx_sink.io import atomic
+from mlx_sink.models import checkpoint
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 WORDS = "the cat and the dog went to the sea and the cat sat down. "

@@ -30,7 +30,7 @@ from mlx_sink.errors import ConfigError, KernelError
 from mlx_sink.generate import main
 from mlx_sink.kernels import decode as kernel
 from mlx_sink.kernels import prefillcheck, selfcheck, source
-from mlx_sink.trace import rope_call
+from mlx_sink.models.trace import rope_call
 
 ROTATION = Rotation.of(rope_call(nn.RoPE(16, base=100.0), 16))
 RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)

@@ -17,9 +17,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_sink import ConfigError, ModelError, SinkConfig, UnsupportedModelError, attach, budget
 from mlx_sink import plan as command
 from mlx_sink.io.units import parse_tokens, short
+from mlx_sink.models.lazy import build, weight_bytes
 from mlx_sink.plan import main
 from mlx_sink.planning import chips, costs_of, plan, working_set
-from mlx_sink.skeleton import build, weight_bytes
 from mlx_sink.work import after, per_key, step_of
 
 CONFIG = SinkConfig(4, 60)

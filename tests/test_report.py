@@ -10,7 +10,7 @@ from test_every import feed, tokens_of
 
 from mlx_sink import SinkConfig, attach
 from mlx_sink.cache.group import leaves
-from mlx_sink.report import LayerReport, Report, _ranges, format_bytes
+from mlx_sink.models.report import LayerReport, Report, _ranges, format_bytes
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_sink
 from mlx_sink import CacheError, InputError, SinkConfig, Stream
-from mlx_sink.attach import make_cache
+from mlx_sink.models.attach import make_cache
 from mlx_sink.text import StopStrings, Text
 
 CONFIG = SinkConfig(num_sinks=4, window=20, epoch=32)

@@ -22,8 +22,8 @@ from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
-from mlx_sink.layers import native_caches
-from mlx_sink.trace import in_a_line
+from mlx_sink.models.layers import native_caches
+from mlx_sink.models.trace import in_a_line
 
 CONFIG = SinkConfig(2, 6, epoch=11)
 TOKENS = 40

@@ -14,10 +14,10 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sink.architectures import adapt
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.cache.lending import lender_of
 from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.models.architectures import adapt
 
 HOOKED = "scaled_dot_product_attention"
 MARK = "_hooked_by_mlx_sink"

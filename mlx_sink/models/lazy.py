@@ -17,11 +17,11 @@ import mlx.nn as nn
 from mlx import utils
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_sink import checkpoint
-from mlx_sink.architectures import VERIFIED, refusal
-from mlx_sink.checkpoint import first_line, read_json
 from mlx_sink.errors import ModelError, UnsupportedModelError
-from mlx_sink.load import DEMO
+from mlx_sink.models import checkpoint
+from mlx_sink.models.architectures import VERIFIED, refusal
+from mlx_sink.models.checkpoint import first_line, read_json
+from mlx_sink.models.load import DEMO
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DEFAULT_DTYPE = "bfloat16"

@@ -11,13 +11,13 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_sink import checkpoint, settings
-from mlx_sink.attach import attach
-from mlx_sink.checkpoint import first_line
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, ModelError
-from mlx_sink.report import Report
-from mlx_sink.settings import Settings
+from mlx_sink.models import checkpoint, settings
+from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoint import first_line
+from mlx_sink.models.report import Report
+from mlx_sink.models.settings import Settings
 
 DEMO = "demo"
 """The name of the model that is part of this package."""

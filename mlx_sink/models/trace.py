@@ -16,13 +16,13 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sink.architectures import FUSED_ROPES
 from mlx_sink.attention.rope import RopeCall, Rotation
 from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError
-from mlx_sink.hook import namespaces
+from mlx_sink.models.architectures import FUSED_ROPES
+from mlx_sink.models.hook import namespaces
 
 
 @dataclass(slots=True)

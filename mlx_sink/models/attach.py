@@ -9,18 +9,18 @@ from typing import Any, cast
 
 import mlx.nn as nn
 
-from mlx_sink.architectures import VERIFIED, position_limit, refusal
 from mlx_sink.attention.rope import RopeCall, Rotation
 from mlx_sink.cache.aligned import AlignedCache, Rows, align_ropes, restore_ropes
 from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
-from mlx_sink.hook import hook
-from mlx_sink.layers import bounded_caches, common_epoch, native_caches
-from mlx_sink.report import LayerReport, Report, report_of
-from mlx_sink.trace import Seen, WatchedCache, trace, watch
-from mlx_sink.verify import verify
+from mlx_sink.models.architectures import VERIFIED, position_limit, refusal
+from mlx_sink.models.hook import hook
+from mlx_sink.models.layers import bounded_caches, common_epoch, native_caches
+from mlx_sink.models.report import LayerReport, Report, report_of
+from mlx_sink.models.trace import Seen, WatchedCache, trace, watch
+from mlx_sink.models.verify import verify
 
 AHEAD = 2048
 """Tokens of a call up to which positions are checked beyond the epoch: mlx-lm's default."""
