@@ -30,11 +30,11 @@ if TYPE_CHECKING:
         SinkError,
         UnsupportedModelError,
     )
-    from mlx_sink.functions import generate, stream_generate
     from mlx_sink.models.attach import attach, detach
     from mlx_sink.models.load import load
     from mlx_sink.models.report import LayerReport, Report
-    from mlx_sink.stream import Stream
+    from mlx_sink.stream.api import generate, stream_generate
+    from mlx_sink.stream.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -74,9 +74,9 @@ _HOMES = {
     "SessionError": "errors",
     "SinkError": "errors",
     "UnsupportedModelError": "errors",
-    "Stream": "stream",
-    "generate": "functions",
-    "stream_generate": "functions",
+    "Stream": "stream.stream",
+    "generate": "stream.api",
+    "stream_generate": "stream.api",
     "load": "models.load",
     "LayerReport": "models.report",
     "Report": "models.report",

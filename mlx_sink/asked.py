@@ -10,7 +10,7 @@ from typing import Any, cast
 from mlx_sink import turns
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.models.load import DEMO
-from mlx_sink.prompt import Frame, frame, read_text, render, render_again
+from mlx_sink.stream.chat import Frame, frame, read_text, render, render_again
 
 
 class Asked:

@@ -25,8 +25,8 @@ from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
 from mlx_sink.models.lazy import weight_bytes
 from mlx_sink.models.load import load_unattached
-from mlx_sink.prompt import read_text
-from mlx_sink.session import fingerprint
+from mlx_sink.stream.chat import read_text
+from mlx_sink.stream.session import fingerprint
 
 PROG = "python -m mlx_sink.compare"
 DESCRIPTION = (

@@ -34,8 +34,8 @@ from mlx_sink.models.checkpoint import Checkpoint, first_line
 from mlx_sink.models.load import find, is_remote, load_unattached
 from mlx_sink.models.report import Report, format_bytes
 from mlx_sink.models.settings import Settings
-from mlx_sink.prompt import read_text
 from mlx_sink.recipe import Recipe, rewritten, total, weights_of
+from mlx_sink.stream.chat import read_text
 
 PROG = "python -m mlx_sink.convert"
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from mlx_sink.errors import ConfigError, SessionError, SinkError
-from mlx_sink.prompt import Frame, render_again
 from mlx_sink.runner import Runner, warn
+from mlx_sink.stream.chat import Frame, render_again
 from mlx_sink.tail import LONGEST, Tail
 
 LONG = 1 << 18

@@ -25,8 +25,8 @@ from mlx_sink.models.load import DEMO, load_draft, load_unattached
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
 from mlx_sink.runner import Answering, Runner
-from mlx_sink.session import Described
-from mlx_sink.stream import Stream
+from mlx_sink.stream.session import Described
+from mlx_sink.stream.stream import Stream
 from mlx_sink.summary import summary
 
 PROG = "python -m mlx_sink.generate"

@@ -11,8 +11,8 @@ from typing import Any
 
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import OutputError
-from mlx_sink.loop import Progress, Sampling, quiet
-from mlx_sink.stream import GenerationResponse, Stream
+from mlx_sink.stream.loop import Progress, Sampling, quiet
+from mlx_sink.stream.stream import GenerationResponse, Stream
 
 SAVE_EVERY = 1024
 """Tokens after which a session is saved, unless stated."""

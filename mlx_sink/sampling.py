@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_sink.choice import Sampling
 from mlx_sink.errors import ConfigError
+from mlx_sink.stream.sampler import Sampling
 
 CONTEXT = 20
 """Newest tokens that a penalty looks at unless stated, as in mlx-lm."""

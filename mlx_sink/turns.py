@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from mlx_sink import session
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, SessionError, SinkError
-from mlx_sink.loop import Progress
 from mlx_sink.runner import SAVE_EVERY, Runner
-from mlx_sink.session import Described
+from mlx_sink.stream import session
+from mlx_sink.stream.loop import Progress
+from mlx_sink.stream.session import Described
 
 OTHERS = ("seed", "stop", "extra_eos_token", "ignore_eos")
 """Options besides those of sampling on which the text depends."""

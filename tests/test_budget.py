@@ -16,8 +16,8 @@ from tiny import VOCABULARY, build
 
 from mlx_sink import ConfigError, SinkConfig, attach, budget
 from mlx_sink.budget import parse_bytes, plan
-from mlx_sink.loop import Loop, Sampling
 from mlx_sink.models.attach import make_cache
+from mlx_sink.stream.loop import Loop, Sampling
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_sink.randomness import seeded
+from mlx_sink.stream.randomness import seeded
 
 Sampler = Callable[[mx.array], mx.array]
 """From log probabilities ``[1, vocabulary]`` to a token ``[1]``."""

@@ -21,8 +21,8 @@ from mlx_sink.cache.group import leaves
 from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.io import tensors as store
 from mlx_sink.io.trees import pack, unpack
-from mlx_sink.loop import Loop
 from mlx_sink.models.attach import make_cache
+from mlx_sink.stream.loop import Loop
 
 SAMPLE = 16
 """Values of each weight that tell one model from another."""

@@ -13,16 +13,16 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_sink import session
-from mlx_sink.choice import LogitsProcessor, Sampler, Sampling, greedy
 from mlx_sink.config import NUM_DRAFT_TOKENS, PREFILL_STEP
-from mlx_sink.detokenize import detokenizer_for
-from mlx_sink.draft import Draft, check_caches
 from mlx_sink.errors import InputError, SessionError
-from mlx_sink.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wired
 from mlx_sink.models.attach import make_cache
-from mlx_sink.randomness import fresh_key
-from mlx_sink.text import Text
+from mlx_sink.stream import session
+from mlx_sink.stream.detokenize import detokenizer_for
+from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wired
+from mlx_sink.stream.randomness import fresh_key
+from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, greedy
+from mlx_sink.stream.speculative import Draft, check_caches
+from mlx_sink.stream.text import Text
 
 
 class Stream:

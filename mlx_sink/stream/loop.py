@@ -20,11 +20,11 @@ from mlx_lm.generate import generation_stream, wired_limit
 
 from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
-from mlx_sink.choice import Choice, History, Sampling, choose
 from mlx_sink.config import PREFILL_STEP
-from mlx_sink.draft import Draft, Step
 from mlx_sink.errors import CacheError
 from mlx_sink.io.trees import copied
+from mlx_sink.stream.sampler import Choice, History, Sampling, choose
+from mlx_sink.stream.speculative import Draft, Step
 
 Progress = Callable[[int, int], None]
 """Called with the tokens read so far and the tokens to read."""

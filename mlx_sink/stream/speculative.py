@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sink.choice import Choice, History, Sampling, choose
 from mlx_sink.errors import CacheError, InputError
 from mlx_sink.io.trees import copied
+from mlx_sink.stream.sampler import Choice, History, Sampling, choose
 
 _evaluate: Callable[..., None] = cast("Any", mx).eval
 
