@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 import mlx_sink
-from mlx_sink.calibrate import Arm, Calibration
+from mlx_sink.measure.calibrate import Arm, Calibration
+from mlx_sink.measure.sink_share import SinkShare
 from mlx_sink.models.checkpoint import read_json
 from mlx_sink.models.report import format_bytes
 from mlx_sink.models.settings import SECTION
-from mlx_sink.sink_share import SinkShare
 
 CARD, PICTURE = "SINK.md", "SINK.png"
 SAMPLE = "the short story that comes with mlx_sink"

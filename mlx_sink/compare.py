@@ -15,12 +15,15 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from mlx_sink import arms, cli, losses, page, plots, recall, resume
-from mlx_sink.comparison import Comparison, Settings
+from mlx_sink import cli, page, plots
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io.files import write_whole
 from mlx_sink.io.units import parse_tokens
-from mlx_sink.measure import as_json, describe, machine, say
+from mlx_sink.measure import losses, resume
+from mlx_sink.measure import methods as arms
+from mlx_sink.measure import needles as recall
+from mlx_sink.measure.comparison import Comparison, Settings
+from mlx_sink.measure.machine import as_json, describe, machine, say
 from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
 from mlx_sink.models.lazy import weight_bytes

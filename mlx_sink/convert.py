@@ -24,10 +24,10 @@ from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink import cli, writing
 from mlx_sink import recipe as recipes
-from mlx_sink.calibrate import Calibration, calibrate, read
 from mlx_sink.calibration_files import SAMPLE, sample_text, write_calibration
 from mlx_sink.errors import ModelError, OutputError
 from mlx_sink.io import atomic
+from mlx_sink.measure.calibrate import Calibration, calibrate, read
 from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
 from mlx_sink.models.checkpoint import Checkpoint, first_line

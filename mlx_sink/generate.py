@@ -14,11 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from mlx_sink import budget, cli, follow, sampling, turns
+from mlx_sink import cli, follow, sampling, turns
 from mlx_sink.asked import Asked
 from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.follow import Follower
+from mlx_sink.measure import budget
 from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
 from mlx_sink.models.load import DEMO, load_draft, load_unattached

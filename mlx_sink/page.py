@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from mlx_sink import plots
-from mlx_sink.arms import NAMES
+from mlx_sink.measure.methods import NAMES
 from mlx_sink.panels import STYLES, Panel, draw, panels, span_of, wilson
 
 NEEDED = (

@@ -10,9 +10,9 @@ from typing import Any
 
 from mlx_sink import cli, plots
 from mlx_sink.io.units import parse_tokens, short
+from mlx_sink.measure.costs import LENGTHS, plan
 from mlx_sink.models.lazy import DTYPES
 from mlx_sink.models.report import format_bytes
-from mlx_sink.planning import LENGTHS, plan
 
 PROG = "python -m mlx_sink.plan"
 DESCRIPTION = (

@@ -20,10 +20,10 @@ from tiny import VOCABULARY, build, plain, random_tokens, recompute
 import mlx_sink
 from mlx_sink import InputError, SinkConfig
 from mlx_sink import calibration_files as files
-from mlx_sink.calibrate import TOLERANCE, Arm, Calibration, calibrate
+from mlx_sink.measure.calibrate import TOLERANCE, Arm, Calibration, calibrate
+from mlx_sink.measure.sink_share import FIRST, sink_share
 from mlx_sink.models.architectures import VERIFIED
 from mlx_sink.models.settings import Settings
-from mlx_sink.sink_share import FIRST, sink_share
 
 WORDS = "the cat and the dog went to the sea and the cat sat down. "
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mlx_sink.arms import NAMES
+from mlx_sink.measure.methods import NAMES
 from mlx_sink.page import page
 
 BROWSER = next(

@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_sink.comparison import Arm, Comparison
 from mlx_sink.errors import InputError, SessionError
 from mlx_sink.io import tensors as store
 from mlx_sink.io.trees import pack, unpack
+from mlx_sink.measure.comparison import Arm, Comparison
 
 PLAIN = ("sampled", "at", "seconds", "bucket", "workspace", "stopped", "position")
 """What is saved of an arm beside its losses and caches."""

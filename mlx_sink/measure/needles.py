@@ -18,8 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sink.losses import cross_entropy
-from mlx_sink.measure import evaluate_caches
+from mlx_sink.measure.losses import cross_entropy
+from mlx_sink.measure.machine import evaluate_caches
 
 CHOICES = 8
 EDGE = 32

@@ -11,9 +11,10 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_sink import budget, work
 from mlx_sink.config import BITS, SinkConfig
 from mlx_sink.errors import ConfigError, SinkError, UnsupportedModelError
+from mlx_sink.measure import budget
+from mlx_sink.measure import flops as work
 from mlx_sink.models import checkpoint, settings
 from mlx_sink.models import lazy as skeleton
 from mlx_sink.models.attach import attach, trained_context

@@ -14,7 +14,7 @@ from mlx.nn import losses as nn_losses
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError
-from mlx_sink.measure import evaluate_caches
+from mlx_sink.measure.machine import evaluate_caches
 
 Losses = np.ndarray[Any, np.dtype[np.float32]]
 Tokens = np.ndarray[Any, np.dtype[np.int32]]

@@ -18,11 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sink import arms, losses
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError, UnsupportedModelError
-from mlx_sink.losses import Losses, Tokens
-from mlx_sink.measure import timed
+from mlx_sink.measure import losses
+from mlx_sink.measure import methods as arms
+from mlx_sink.measure.losses import Losses, Tokens
+from mlx_sink.measure.machine import timed
 from mlx_sink.models.lazy import weight_bytes
 
 STEPS = 32

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError
+from mlx_sink.measure.sink_share import SinkShare, sink_share
 from mlx_sink.models.attach import attach, detach, make_cache
 from mlx_sink.models.settings import Settings
-from mlx_sink.sink_share import SinkShare, sink_share
 
 SINKS = (0, 1, 2, 4, 8)
 WINDOWS = 5
