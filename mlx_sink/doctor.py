@@ -23,11 +23,11 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_sink import cli
 from mlx_sink.attention import reference
 from mlx_sink.attention.packed import Packed, packed
 from mlx_sink.attention.ring import Ring, Turn, layout_of
 from mlx_sink.attention.rope import Rotation
+from mlx_sink.commands import options as cli
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.kernels import decode, prefillcheck, selfcheck, source

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 from folder import make_folder
 
-from mlx_sink import cli
+from mlx_sink.commands import options as cli
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_the_recommendation_is_read_where_there_is_metal(monkeypatch: pytest.Mon
 
 
 def test_the_plan_shows_layers_and_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from mlx_sink.generate import main
+    from mlx_sink.commands.generate.command import main
 
     folder = make_folder(tmp_path / "m")
     argv = ["--model", str(folder), "-p", "the cat", "-m", "2", "--memory", "4MB", "--json"]

@@ -19,7 +19,7 @@ from tiny import VOCABULARY, build, plain, random_tokens, recompute
 
 import mlx_sink
 from mlx_sink import InputError, SinkConfig
-from mlx_sink import calibration_files as files
+from mlx_sink.commands.convert import card as files
 from mlx_sink.measure.calibrate import TOLERANCE, Arm, Calibration, calibrate
 from mlx_sink.measure.sink_share import FIRST, sink_share
 from mlx_sink.models.architectures import VERIFIED

@@ -21,8 +21,9 @@ from folder import CHAT_TEMPLATE, make_folder
 from mlx_lm.convert import convert as mlx_lm_convert
 
 import mlx_sink
-from mlx_sink import OutputError, SinkConfig, UnsupportedModelError, writing
-from mlx_sink.convert import PROG, Recipe, Text, convert, main
+from mlx_sink import OutputError, SinkConfig, UnsupportedModelError
+from mlx_sink.commands.convert import progress as writing
+from mlx_sink.commands.convert.convert import PROG, Recipe, Text, convert, main
 from mlx_sink.io import atomic
 from mlx_sink.models import checkpoint
 

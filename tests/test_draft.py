@@ -17,7 +17,7 @@ from tiny import TOLERANCE, build
 
 import mlx_sink
 from mlx_sink import CacheError, ConfigError, InputError, SinkConfig, Stream, attach
-from mlx_sink.generate import main
+from mlx_sink.commands.generate.command import main
 from mlx_sink.models.attach import make_cache
 from mlx_sink.models.load import load_draft
 from mlx_sink.stream.loop import Loop, Made

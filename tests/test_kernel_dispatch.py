@@ -26,8 +26,8 @@ from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.ring import Ring, layout_of
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache.storage import packed
+from mlx_sink.commands.generate.command import main
 from mlx_sink.errors import ConfigError, KernelError
-from mlx_sink.generate import main
 from mlx_sink.kernels import decode as kernel
 from mlx_sink.kernels import prefillcheck, selfcheck, source
 from mlx_sink.models.trace import rope_call

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mlx_sink
-from mlx_sink.generate import main
+from mlx_sink.commands.generate.command import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

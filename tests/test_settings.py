@@ -11,7 +11,7 @@ from folder import make_folder
 
 import mlx_sink
 from mlx_sink import ConfigError, ModelError, SinkConfig
-from mlx_sink.generate import main
+from mlx_sink.commands.generate.command import main
 from mlx_sink.models.settings import Settings, apply
 
 CONTEXT = 64

@@ -20,18 +20,10 @@ import mlx_lm
 import pytest
 from folder import make_folder
 
-from mlx_sink import (
-    ConfigError,
-    InputError,
-    OutputError,
-    SessionError,
-    SinkConfig,
-    Stream,
-    attach,
-    cli,
-    turns,
-)
-from mlx_sink.generate import main
+from mlx_sink import ConfigError, InputError, OutputError, SessionError, SinkConfig, Stream, attach
+from mlx_sink.commands import options as cli
+from mlx_sink.commands.generate import resume as turns
+from mlx_sink.commands.generate.command import main
 from mlx_sink.io import tensors as store
 from mlx_sink.stream.chat import frame, render_again
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from mlx_sink.commands.generate.autosave import SAVE_EVERY, Runner
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, SessionError, SinkError
-from mlx_sink.runner import SAVE_EVERY, Runner
 from mlx_sink.stream import session
 from mlx_sink.stream.loop import Progress
 from mlx_sink.stream.session import Described

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_sink import plots
+from mlx_sink.commands import plots
 from mlx_sink.io.units import short
 from mlx_sink.measure.methods import NAMES, SAMPLED
 from mlx_sink.models.report import format_bytes

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from mlx_sink.commands.generate.autosave import Runner, warn
+from mlx_sink.commands.generate.tail import LONGEST, Tail
 from mlx_sink.errors import ConfigError, SessionError, SinkError
-from mlx_sink.runner import Runner, warn
 from mlx_sink.stream.chat import Frame, render_again
-from mlx_sink.tail import LONGEST, Tail
 
 LONG = 1 << 18
 """Bytes of a file that take a while to read: from here on a bar is shown."""

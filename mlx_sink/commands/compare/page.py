@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from mlx_sink import plots
+from mlx_sink.commands import plots
+from mlx_sink.commands.compare.panels import STYLES, Panel, draw, panels, span_of, wilson
 from mlx_sink.measure.methods import NAMES
-from mlx_sink.panels import STYLES, Panel, draw, panels, span_of, wilson
 
 NEEDED = (
     *("command", "date", "machine", "model", "text", "config", "lengths", "trials", "choices"),

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any, cast
 
-from mlx_sink import turns
+from mlx_sink.commands.generate import resume as turns
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.models.load import DEMO
 from mlx_sink.stream.chat import Frame, frame, read_text, render, render_again
