@@ -11,9 +11,7 @@ The names below are imported when first used: ``import mlx_sink`` itself loads n
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -83,26 +81,13 @@ _HOMES = {
 }
 
 
-class _Package(ModuleType):
-    """The package, in which ``attach``, ``load`` and ``generate`` name the functions.
-
-    Importing a submodule binds its name in the package; where a function has that name, the
-    function stays. The submodules are imported as ``from mlx_sink.attach import ...``.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'mlx_sink' has no attribute {name!r}")
-        value = getattr(import_module(f"mlx_sink.{_HOMES[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *_HOMES})
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlx_sink' has no attribute {name!r}")
+    value = getattr(import_module(f"mlx_sink.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,7 +1,27 @@
-"""The door of ``python -m mlx_sink.convert``; what it does is in `mlx_sink.commands`."""
+"""The door of ``python -m mlx_sink.convert``; what it does is in `mlx_sink.commands`.
 
-from mlx_sink.commands import options
-from mlx_sink.commands.convert.convert import PROG, main
+``from mlx_sink.convert import convert`` is how programs call it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlx_sink.commands.entry import run
+
+if TYPE_CHECKING:
+    from mlx_sink.commands.convert.convert import Converted, convert
+
+__all__ = ["Converted", "convert"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'mlx_sink.convert' has no attribute {name!r}")
+    from mlx_sink.commands.convert import convert as home
+
+    return getattr(home, name)
+
 
 if __name__ == "__main__":
-    options.run(main, PROG)
+    run("convert")

@@ -30,6 +30,7 @@ from mlx_sink.attention.rope import Rotation
 from mlx_sink.commands import options as cli
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError
+from mlx_sink.io import terminal
 from mlx_sink.kernels import decode, prefillcheck, selfcheck, source
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.selfcheck import Specialisation
@@ -324,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--kv-group-size {size} divides none of --head-dim {args.head_dim}")
     kinds = (args.dtype, head_dims, args.group)
     found = examine(*kinds, config, args.rounds, args.queries)
-    cli.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
+    terminal.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
     rows = [*found["kernels"], *found["prefill"]]
     return int(any(row["passed"] is False for row in rows))
 
@@ -337,4 +338,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, PROG)
+    terminal.run(main, PROG)

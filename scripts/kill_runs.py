@@ -23,7 +23,7 @@ from pathlib import Path
 
 from mlx_sink.measure.machine import as_json, say
 
-STORY = Path(__file__).parents[1] / "mlx_sink" / "demo" / "story.txt"
+STORY = Path(__file__).parents[1] / "mlx_sink" / "models" / "demo" / "story.txt"
 RESUMED = re.compile(rb"going on at token (\d+), after (\d+) bytes of text")
 
 

@@ -288,7 +288,7 @@ def test_figures_are_json(calibrated: tuple[Path, Calibration]):
 
 def test_the_model_inside_has_a_sink():
     """Known of this model: it was trained to have one, and is lost without it."""
-    model, tokenizer = mlx_lm.load(str(Path(mlx_sink.__file__).with_name("demo")))
+    model, tokenizer = mlx_lm.load(str(Path(mlx_sink.__file__).parent / "models" / "demo"))
     found = calibrate(model, tokenizer, files.sample_text()[:1500], context=512)
     assert found.sinks_matter
     assert found.settings.num_sinks == 1

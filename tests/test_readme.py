@@ -14,7 +14,7 @@ from mlx_sink.commands.generate.command import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DEMO = ROOT / "mlx_sink" / "demo"
+DEMO = ROOT / "mlx_sink" / "models" / "demo"
 
 
 def blocks(language: str) -> list[str]:

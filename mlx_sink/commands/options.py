@@ -1,12 +1,10 @@
-"""What the commands share: options, one-line errors, exit statuses."""
+"""Options that several commands share, and a parser whose errors are one line."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_sink.config import (
@@ -15,11 +13,13 @@ from mlx_sink.config import (
     DEFAULT_WINDOW,
     NUM_DRAFT_TOKENS,
 )
-from mlx_sink.errors import OutputError, SinkError
+from mlx_sink.io.terminal import STATUS_ERROR
 
-STATUS_ERROR = 2
-STATUS_INTERRUPTED = 130
-STATUS_CLOSED_PIPE = 141
+
+def program(command: str) -> str:
+    """Return how a command was called, as its messages name it."""
+    script = Path(sys.argv[0]).name if sys.argv else ""
+    return f"mlx-sink {command}" if script == "mlx-sink" else f"python -m mlx_sink.{command}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,73 +94,3 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-draft-tokens", type=int, help=f"tokens guessed at once ({NUM_DRAFT_TOKENS})"
     )
-
-
-def run(main: Callable[[], int], prog: str) -> NoReturn:
-    """Run a command and leave with its exit status.
-
-    A `SinkError` becomes one line on stderr and status 2; so does output that cannot be
-    written. A closed pipe ends quietly, Ctrl-C with status 130.
-    """
-    try:
-        status = main()
-    except SinkError as error:
-        line = " ".join(str(error).split())
-        print(f"{prog}: error: {line}", file=sys.stderr)
-        status = STATUS_ERROR
-    except KeyboardInterrupt:
-        status = STATUS_INTERRUPTED
-    except BrokenPipeError:
-        status = STATUS_CLOSED_PIPE
-    sys.exit(status)
-
-
-def write(text: str) -> None:
-    """Write to stdout at once.
-
-    Raises:
-        BrokenPipeError: The reader is gone.
-        OutputError: The output cannot be written.
-    """
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        # Python writes what is left in its buffer once more when it exits: to nowhere, then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise OutputError(f"cannot write the output: {error.strerror or error}") from None
-
-
-class Interrupt:
-    """Ctrl-C, or a polite kill, as a question that is asked between tokens.
-
-    Within the ``with`` block the first one is only noted, so that nothing breaks off half-way;
-    the second one interrupts at once.
-
-    Attributes:
-        status: The exit status it asks for: 0 while there was none.
-    """
-
-    def __init__(self) -> None:
-        self.status = 0
-
-    def __call__(self) -> bool:
-        """Tell whether there was one."""
-        return self.status != 0
-
-    def _note(self, number: int, _: object) -> None:
-        if self.status:
-            raise KeyboardInterrupt
-        self.status = 128 + number
-
-    def __enter__(self) -> Interrupt:
-        """Begin to listen."""
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Put back what was there."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -8,29 +8,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_sink.commands import options as cli
 from mlx_sink.commands import plots
+from mlx_sink.commands.options import Parser, add_sink_options, program
+from mlx_sink.io import terminal
 from mlx_sink.io.units import parse_tokens, short
 from mlx_sink.measure.costs import LENGTHS, plan
 from mlx_sink.models.lazy import DTYPES
 from mlx_sink.models.report import format_bytes
 
-PROG = "python -m mlx_sink.plan"
+PROG = program("plan")
 DESCRIPTION = (
     "Work out a model's memory and work for full attention, and for sinks and window, at any "
     "length. Only its configuration is read."
 )
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """Return the command's parser."""
-    p = cli.Parser(prog=PROG, description=DESCRIPTION)
+    p = Parser(prog=PROG, description=DESCRIPTION)
     p.add_argument(
         "--model",
         default="demo",
         help="a Hugging Face repository, a model folder, a config.json, or 'demo' (default)",
     )
-    cli.add_sink_options(p)
+    add_sink_options(p)
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the configuration's)")
     p.add_argument(
         "--lengths",
@@ -124,9 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, report = plan(args.model, **sizes, dtype=args.dtype, lengths=lengths)
     if args.plot:
         plots.save(plots.draw_plan(found), args.plot)
-    cli.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found, str(report)))
+    terminal.write(
+        json.dumps(found, indent=1) + "\n" if args.json else as_text(found, str(report))
+    )
     return 0
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mlx_sink.errors import ModelError
+from mlx_sink.errors import ModelError, one_line
 
 PATTERN = "model*.safetensors"
 """The weight files that mlx-lm reads."""
@@ -235,13 +235,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {str(path)!r}: {first_line(error)}") from None
+        raise ModelError(f"cannot read {str(path)!r}: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{str(path)!r} does not hold a JSON object")
     return cast("dict[str, Any]", value)
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -17,10 +17,10 @@ import mlx.nn as nn
 from mlx import utils
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_sink.errors import ModelError, UnsupportedModelError
-from mlx_sink.models import checkpoint
+from mlx_sink.errors import ModelError, UnsupportedModelError, one_line
+from mlx_sink.models import checkpoint, demo
 from mlx_sink.models.architectures import VERIFIED, refusal
-from mlx_sink.models.checkpoint import first_line, read_json
+from mlx_sink.models.checkpoint import read_json
 from mlx_sink.models.load import DEMO
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -48,7 +48,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 def _config_file(name: str) -> Path:
     if name == DEMO:
-        return Path(__file__).with_name(DEMO) / "config.json"
+        return demo.FOLDER / "config.json"
     path = Path(name).expanduser()
     if name and path.is_dir():
         if not (path / "config.json").is_file():
@@ -62,7 +62,7 @@ def _config_file(name: str) -> Path:
         # The hub's client raises errors of many packages.
         return Path(cast("Any", huggingface_hub).hf_hub_download(name, "config.json"))
     except Exception as error:
-        raise ModelError(f"cannot get config.json of {name!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot get config.json of {name!r}: {one_line(error)}") from error
 
 
 def dtype_of(config: dict[str, Any]) -> str | None:
@@ -108,7 +108,7 @@ def build(config: dict[str, Any], dtype: str | None = None) -> nn.Module:
     try:
         model_class, args_class = cast("Any", mlx_lm_utils)._get_classes(config)
     except ValueError as error:
-        raise ModelError(f"unknown model_type {kind!r}: {first_line(error)}") from None
+        raise ModelError(f"unknown model_type {kind!r}: {one_line(error)}") from None
     name = model_class.__module__.rpartition(".")[2]
     reason = refusal(name)
     if reason is not None:
@@ -123,7 +123,7 @@ def build(config: dict[str, Any], dtype: str | None = None) -> nn.Module:
         if isinstance(error, TypeError) and "missing" in str(error) and names:
             lacks = ", ".join(names)
             raise ModelError(f"the configuration of {kind!r} lacks fields: {lacks}") from None
-        raise ModelError(f"no {kind!r} can be built from it: {first_line(error)}") from None
+        raise ModelError(f"no {kind!r} can be built from it: {one_line(error)}") from None
     _set_dtype(model, DTYPES[dtype or dtype_of(config) or DEFAULT_DTYPE])
     if isinstance(config.get("quantization"), dict):
         _quantize(model, config["quantization"])
@@ -188,4 +188,4 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
     try:
         cast("Any", nn).quantize(model, **usual, mode=mode, class_predicate=chosen)
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"quantization {usual} cannot be used: {first_line(error)}") from None
+        raise ModelError(f"quantization {usual} cannot be used: {one_line(error)}") from None

@@ -12,15 +12,13 @@ import mlx_lm
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.config import SinkConfig
-from mlx_sink.errors import ConfigError, ModelError
-from mlx_sink.models import checkpoint, settings
+from mlx_sink.errors import ConfigError, ModelError, one_line
+from mlx_sink.models import checkpoint, demo, settings
 from mlx_sink.models.attach import attach
-from mlx_sink.models.checkpoint import first_line
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
 
-DEMO = "demo"
-"""The name of the model that is part of this package."""
+DEMO = demo.NAME
 
 
 class Loaded(NamedTuple):
@@ -144,7 +142,7 @@ def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:
             str(found.path), return_config=True, model_config=model_config, **options
         )
     except Exception as error:
-        raise ModelError(f"cannot load model {name!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot load model {name!r}: {one_line(error)}") from error
     model, tokenizer, config = cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
     return Loaded(model, tokenizer, checkpoint.trained_context(config), own)
 
@@ -156,7 +154,7 @@ def find(name: str, revision: str | None = None) -> Path:
         ModelError: There is no such folder, and no such repository can be had.
     """
     if name == DEMO:
-        return Path(__file__).with_name("demo")
+        return demo.FOLDER
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
@@ -172,7 +170,7 @@ def find(name: str, revision: str | None = None) -> Path:
             )
         )
     except Exception as error:
-        raise ModelError(f"cannot download model {name!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot download model {name!r}: {one_line(error)}") from error
 
 
 def is_remote(name: str) -> bool:

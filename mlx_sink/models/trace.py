@@ -20,7 +20,7 @@ from mlx_sink.attention.rope import RopeCall, Rotation
 from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
-from mlx_sink.errors import SinkError, UnsupportedModelError
+from mlx_sink.errors import SinkError, UnsupportedModelError, one_line
 from mlx_sink.models.architectures import FUSED_ROPES
 from mlx_sink.models.hook import namespaces
 
@@ -187,14 +187,8 @@ def trace(model: nn.Module, caches: Sequence[Any], n: int) -> None:
     except Exception as error:
         # A model that is not known yet may fail in any way.
         raise UnsupportedModelError(
-            f"its forward pass fails with a bounded cache ({in_a_line(error)})"
+            f"its forward pass fails with a bounded cache ({one_line(error)})"
         ) from None
-
-
-def in_a_line(error: Exception) -> str:
-    """Return the kind of an error, and the first line of what it says."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 def watch(model: nn.Module, make: Callable[[], Sequence[Any]], farthest: int) -> list[list[Seen]]:

@@ -21,9 +21,8 @@ import numpy as np
 from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
-from mlx_sink.errors import SinkError, UnsupportedModelError
+from mlx_sink.errors import SinkError, UnsupportedModelError, one_line
 from mlx_sink.models.layers import native_caches
-from mlx_sink.models.trace import in_a_line
 
 CONFIG = SinkConfig(2, 6, epoch=11)
 TOKENS = 40
@@ -56,7 +55,7 @@ def verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]], farthe
     except Exception as error:
         # A model that is not known may fail in any way.
         raise UnsupportedModelError(
-            f"it is not known, and a check of the contract fails ({in_a_line(error)})"
+            f"it is not known, and a check of the contract fails ({one_line(error)})"
         ) from None
 
 

@@ -15,10 +15,11 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from mlx_sink.commands import options as cli
 from mlx_sink.commands import plots
 from mlx_sink.commands.compare import page
+from mlx_sink.commands.options import Parser, add_model_options, add_sink_options, program
 from mlx_sink.errors import ConfigError, InputError
+from mlx_sink.io import terminal
 from mlx_sink.io.files import write_whole
 from mlx_sink.io.units import parse_tokens
 from mlx_sink.measure import losses, resume
@@ -33,7 +34,7 @@ from mlx_sink.models.load import load_unattached
 from mlx_sink.stream.chat import read_text
 from mlx_sink.stream.session import fingerprint
 
-PROG = "python -m mlx_sink.compare"
+PROG = program("compare")
 DESCRIPTION = (
     "Compare full attention, windows and sinks on a text: time, memory, loss, recall, as a page. "
     "A run that was stopped goes on when the same command is given again."
@@ -45,11 +46,11 @@ EVERY = 30.0
 """Seconds between two checkpoints."""
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """Return the command's parser."""
-    p = cli.Parser(prog=PROG, description=DESCRIPTION)
-    cli.add_model_options(p)
-    cli.add_sink_options(p)
+    p = Parser(prog=PROG, description=DESCRIPTION)
+    add_model_options(p)
+    add_sink_options(p)
     add = p.add_argument
     add("--text", help="a UTF-8 text file, read from its start")
     add(
@@ -274,9 +275,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.trials < 0 or args.arm_minutes <= 0:
             raise ConfigError("--trials must be at least 0, and --arm-minutes more than 0")
         _Run(args, argv).go()
-    cli.write(f"{_with(args.output, '.html')}\n")
+    terminal.write(f"{_with(args.output, '.html')}\n")
     return 0
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)

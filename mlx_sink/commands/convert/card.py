@@ -12,6 +12,7 @@ import numpy as np
 import mlx_sink
 from mlx_sink.measure.calibrate import Arm, Calibration
 from mlx_sink.measure.sink_share import SinkShare
+from mlx_sink.models import demo
 from mlx_sink.models.checkpoint import read_json
 from mlx_sink.models.report import format_bytes
 from mlx_sink.models.settings import SECTION
@@ -28,7 +29,7 @@ NO_MATPLOTLIB = (
 
 def sample_text() -> str:
     """Return the text that models are measured on when none is given; of our own writing."""
-    return (Path(__file__).with_name("demo") / "story.txt").read_text(encoding="utf-8")
+    return demo.STORY.read_text(encoding="utf-8")
 
 
 def write_calibration(folder: Path, found: Calibration, text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m mlx_sink.convert``: from a Hugging Face checkpoint to a folder that streams.
+"""From a Hugging Face checkpoint to a folder that streams.
 
 The conversion is mlx-lm's own, and so is the folder: plain mlx-lm loads it. What is added are
 checks before anything is written, a folder that appears when it is complete, and a calibration.
@@ -6,14 +6,9 @@ checks before anything is written, a folder that appears when it is complete, an
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,23 +17,18 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_sink.commands import options as cli
 from mlx_sink.commands.convert import progress as writing
-from mlx_sink.commands.convert import quantize as recipes
-from mlx_sink.commands.convert.card import SAMPLE, sample_text, write_calibration
+from mlx_sink.commands.convert.card import write_calibration
 from mlx_sink.commands.convert.quantize import Recipe, rewritten, total, weights_of
-from mlx_sink.errors import ModelError, OutputError
-from mlx_sink.io import atomic
+from mlx_sink.errors import ModelError, OutputError, one_line
+from mlx_sink.io import atomic, terminal
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
 from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
-from mlx_sink.models.checkpoint import Checkpoint, first_line
+from mlx_sink.models.checkpoint import Checkpoint
 from mlx_sink.models.load import find, is_remote, load_unattached
 from mlx_sink.models.report import Report, format_bytes
 from mlx_sink.models.settings import Settings
-from mlx_sink.stream.chat import read_text
-
-PROG = "python -m mlx_sink.convert"
 
 _utils = cast("Any", mlx_lm_utils)
 
@@ -141,7 +131,7 @@ def convert(
             if calibrate_on is not None:
                 calibration, report = _calibrated(folder, calibrate_on, trust_remote_code)
     except OSError as error:
-        reason = error.strerror or first_line(error)
+        reason = error.strerror or one_line(error)
         raise OutputError(f"cannot write {str(target)!r}: {reason}") from None
     seconds = time.perf_counter() - start
     return Converted(target, nbytes, shards, seconds, report, calibration)
@@ -170,7 +160,7 @@ def _load(name: str, source: Checkpoint, trust: bool) -> tuple[nn.Module, Any, d
             trust_remote_code=trust,
         )
     except Exception as error:
-        raise ModelError(f"cannot load model {name!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot load model {name!r}: {one_line(error)}") from error
     return cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
 
 
@@ -195,7 +185,9 @@ def _check_room(target: Path, nbytes: int, source: Checkpoint) -> None:
             f"{str(target)!r} needs {format_bytes(needed)}, and its disk has "
             f"{format_bytes(free)} free: make room, or name another --mlx-path"
         )
-    say(f"writing {format_bytes(nbytes)} of weights to {target} ({format_bytes(free)} free)")
+    terminal.say(
+        f"writing {format_bytes(nbytes)} of weights to {target} ({format_bytes(free)} free)"
+    )
 
 
 def _save(
@@ -205,7 +197,7 @@ def _save(
         _utils.save(folder, str(source.path), model, tokenizer, config)
     except RuntimeError as error:
         # What MLX raises when it cannot write.
-        raise OSError(None, first_line(error)) from None
+        raise OSError(None, one_line(error)) from None
 
 
 def _write_card(folder: Path, name: str) -> None:
@@ -213,7 +205,7 @@ def _write_card(folder: Path, name: str) -> None:
     try:
         _utils.create_model_card(folder, name)
     except Exception as error:  # whatever the hub or the network raises; a card can wait
-        say(f"the model card was not copied: {first_line(error)}")
+        terminal.say(f"the model card was not copied: {one_line(error)}")
 
 
 def _calibrated(folder: Path, on: Text, trust: bool) -> tuple[Calibration, Report]:
@@ -223,95 +215,5 @@ def _calibrated(folder: Path, on: Text, trust: bool) -> tuple[Calibration, Repor
     )
     found = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
     for message in write_calibration(folder, found, on.name):
-        say(message)
+        terminal.say(message)
     return found, _report(loaded.model, found.settings, loaded.context)
-
-
-def say(message: str) -> None:
-    """Print a line on stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command's argument parser."""
-    p = cli.Parser(
-        prog=PROG,
-        description="Convert a Hugging Face checkpoint to a folder that mlx-lm and mlx_sink load, "
-        "with settings measured on that model.",
-    )
-    add = p.add_argument
-    add("--hf-path", "--model", required=True, help="a model folder, or a repository on the hub")
-    add("--mlx-path", default="mlx_model", help="the folder to make (mlx_model)")
-    add("-q", "--quantize", action="store_true", help="quantise the weights")
-    add("--q-bits", type=int, help="bits per weight")
-    add("--q-group-size", type=int, help="weights that share a scale")
-    add("--q-mode", choices=recipes.MODES, default="affine", help="how to quantise (affine)")
-    add("--quant-predicate", choices=recipes.PREDICATES, help="a mixed-bit recipe")
-    add("--dtype", choices=recipes.DTYPES, help="type of what is not quantised")
-    add("--upload-repo", help="a repository on the hub to upload the folder to")
-    add("--revision", help="branch, tag or commit of the repository")
-    add(
-        "--trust-remote-code",
-        action="store_true",
-        help="run code that comes with the model or its tokenizer (default: never)",
-    )
-    add(
-        "--calibrate",
-        nargs="?",
-        const="",
-        metavar="TEXT",
-        help="measure sinks and window on a UTF-8 text file (default: a short story that comes "
-        "with mlx_sink), write them to config.json, and the figures to SINK.md",
-    )
-    add("--json", action="store_true", help="print one JSON object")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status, errors are raised."""
-    args = parser().parse_args(argv)
-    text = None
-    if args.calibrate is not None:
-        text = Text(sample_text(), SAMPLE)
-        if args.calibrate:
-            name = f"text file {args.calibrate!r}"
-            text = Text(read_text(args.calibrate, name), Path(args.calibrate).name)
-    names = ("quantize", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype")
-    recipe = Recipe(**{name: getattr(args, name) for name in names})
-    with contextlib.redirect_stdout(sys.stderr):
-        made = convert(
-            args.hf_path,
-            args.mlx_path,
-            recipe=recipe,
-            calibrate_on=text,
-            revision=args.revision,
-            trust_remote_code=args.trust_remote_code,
-        )
-        if args.upload_repo:
-            _upload(made.path, args.upload_repo)
-    cli.write((json.dumps(made.to_dict(), indent=1) if args.json else _summary(made)) + "\n")
-    return 0
-
-
-def _upload(path: Path, repo: str) -> None:
-    try:
-        _utils.upload_to_hub(str(path), repo)
-    except Exception as error:  # whatever the hub or the network raises
-        raise OutputError(
-            f"{str(path)!r} is complete, but was not uploaded to {repo!r}: {first_line(error)}"
-        ) from error
-
-
-def _summary(made: Converted) -> str:
-    lines = [
-        f"{made.path}: {format_bytes(made.nbytes)} in {made.shards} "
-        f"file{'s' * (made.shards != 1)}, made in {made.seconds:.1f} s",
-        str(made.report),
-    ]
-    if made.calibration is not None:
-        lines.append(made.calibration.verdict)
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)

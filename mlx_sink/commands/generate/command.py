@@ -14,7 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from mlx_sink.commands import options as cli
 from mlx_sink.commands.generate import follow
 from mlx_sink.commands.generate import resume as turns
 from mlx_sink.commands.generate import sampling_options as sampling
@@ -22,8 +21,18 @@ from mlx_sink.commands.generate.autosave import Answering, Runner
 from mlx_sink.commands.generate.follow import Follower
 from mlx_sink.commands.generate.prompt import Asked
 from mlx_sink.commands.generate.statistics import summary
+from mlx_sink.commands.options import (
+    Parser,
+    add_draft_options,
+    add_kv_options,
+    add_model_options,
+    add_sink_options,
+    kv_settings,
+    program,
+)
 from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
 from mlx_sink.errors import ConfigError
+from mlx_sink.io import terminal
 from mlx_sink.measure import budget
 from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
@@ -33,19 +42,19 @@ from mlx_sink.models.settings import Settings
 from mlx_sink.stream.session import Described
 from mlx_sink.stream.stream import Stream
 
-PROG = "python -m mlx_sink.generate"
+PROG = program("generate")
 DEMO_TEMP = 0.7
 """Temperature for the demo model, unless stated: without one it repeats itself."""
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's argument parser."""
-    p = cli.Parser(
+    p = Parser(
         prog=PROG,
         description="Read a prompt of any length and stream text for as long as you like, in "
         "constant memory. Text goes to stdout, everything else to stderr.",
     )
-    cli.add_model_options(p)
+    add_model_options(p)
     text = p.add_mutually_exclusive_group()
     text.add_argument("--prompt", "-p", help="what to read first; '-' reads standard input")
     text.add_argument("--prompt-file", help="a UTF-8 text file to read first")
@@ -53,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prefill-response", help="how the answer is to begin")
     p.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
     p.add_argument("--chat-template-config", help="variables of the chat template, as JSON")
-    cli.add_sink_options(p)
-    cli.add_kv_options(p)
+    add_sink_options(p)
+    add_kv_options(p)
     budget.add_options(p)
     p.add_argument(
         "--pin-system-prompt",
@@ -72,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     turns.add_options(p)
     follow.add_options(p)
     sampling.add_options(p)
-    cli.add_draft_options(p)
+    add_draft_options(p)
     p.add_argument("--seed", type=int, help="seed of the random numbers")
     p.add_argument(
         "--prefill-step-size", type=int, default=2048, help="tokens read at once (2048)"
@@ -133,7 +142,7 @@ class _Run:
         else:
             config, sources = own_settings.apply(own, context, num_sinks, window)
             rollback = _num_draft_tokens(args) if args.draft_model else 0
-            config = replace(config, rollback=rollback, **cli.kv_settings(args))
+            config = replace(config, rollback=rollback, **kv_settings(args))
         config.check_context(context)
         if args.memory is None:
             return replace(attach(self.model, config), sources=sources)
@@ -168,7 +177,7 @@ class _Run:
         runner = self.runner = Runner(
             self.stream,
             Answering(self.chosen, args.max_tokens, tuple(args.stop), args.ignore_eos),
-            show=cli.write,
+            show=terminal.write,
             interrupted=interrupted,
             file=self.file,
             save_every=args.save_every,
@@ -186,7 +195,7 @@ class _Run:
         if self.file is None:
             runner.show(self.stream.flush())
         if args.follow is None and (self.file is None or sys.stdout.isatty()):
-            cli.write("\n")
+            terminal.write("\n")
         runner.save()
 
     def _progress(self, done: int, total: int) -> None:
@@ -245,14 +254,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     _check(args)
     run = _Run(args, turns.given(parser(), argv))
-    with cli.Interrupt() as interrupt:
+    with terminal.Interrupt() as interrupt:
         try:
             run.go(interrupt)
         finally:
             run.close()
     statistics = run.statistics()
     print(json.dumps(statistics) if args.json else summary(statistics, PROG), file=sys.stderr)
-    ended = args.follow is not None and interrupt.status == cli.STATUS_INTERRUPTED
+    ended = args.follow is not None and interrupt.status == terminal.STATUS_INTERRUPTED
     return 0 if ended else interrupt.status
 
 
@@ -275,13 +284,9 @@ def _check(args: argparse.Namespace) -> None:
     SinkConfig(
         num_sinks=0 if args.num_sinks is None else args.num_sinks,
         window=1 if args.window is None else args.window,
-        **cli.kv_settings(args),
+        **kv_settings(args),
     )
     if args.memory is not None:
         budget.parse_bytes(args.memory)
     follow.check(args)
     sampling.check(args)
-
-
-if __name__ == "__main__":
-    cli.run(main, PROG)
