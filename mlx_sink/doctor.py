@@ -23,16 +23,18 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_sink import cli, reference
+from mlx_sink.attention import reference
+from mlx_sink.attention.packed import Packed, packed
+from mlx_sink.attention.ring import Ring, Turn, layout_of
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.commands import options as cli
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError
+from mlx_sink.io import terminal
 from mlx_sink.kernels import check_decode, check_prefill, decode, source, trust
 from mlx_sink.kernels.check_decode import DecodeVariant
 from mlx_sink.kernels.decode_packed import decode_packed
 from mlx_sink.kernels.tables import MAX_QUERIES, decode_tables
-from mlx_sink.ring import Ring, Turn, layout_of
-from mlx_sink.rope import Rotation
-from mlx_sink.storage import Packed, packed
 
 PROG = "python -m mlx_sink.doctor"
 DESCRIPTION = (
@@ -326,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--kv-group-size {size} divides none of --head-dim {args.head_dim}")
     kinds = (args.dtype, head_dims, args.group)
     found = examine(*kinds, config, args.rounds, args.queries)
-    cli.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
+    terminal.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
     rows = [*found["kernels"], *found["prefill"]]
     return int(any(row["passed"] is False for row in rows))
 
@@ -339,4 +341,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, PROG)
+    terminal.run(main, PROG)

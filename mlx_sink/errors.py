@@ -38,3 +38,9 @@ class CacheError(SinkError):
 
 class KernelError(SinkError):
     """A kernel was called with arrays that it cannot serve."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

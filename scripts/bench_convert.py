@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "mlx_sink" / "demo"
+DEMO = ROOT / "mlx_sink" / "models" / "demo"
 ONE = """
 import json, pathlib, resource, sys, time
 import mlx_lm, mlx_lm.convert

@@ -27,10 +27,9 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_sink import SinkCache, SinkConfig, SinkError, attach
-from mlx_sink.arms import rotating_caches
-from mlx_sink.attention import sink_attention
+from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.errors import ConfigError
-from mlx_sink.measure import (
+from mlx_sink.measure.machine import (
     DTYPES,
     alternate,
     as_json,
@@ -39,6 +38,7 @@ from mlx_sink.measure import (
     machine,
     say,
 )
+from mlx_sink.measure.methods import rotating_caches
 
 SECTIONS = ("position", "decode", "prefill", "reading", "bytes")
 EARLY = 2048

@@ -99,7 +99,7 @@ QUIET: dict[str, int] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVN
 
 def make_source(folder: Path, megabytes: int) -> Path:
     """Write a random llama of about that size, with the tokenizer of the embedded model."""
-    demo = ROOT / "mlx_sink" / "demo"
+    demo = ROOT / "mlx_sink" / "models" / "demo"
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo / name, folder)

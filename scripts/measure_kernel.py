@@ -29,7 +29,7 @@ import _mlx_sdpa
 import host_metal
 from decode_case import Case, arrays, ring_at, run
 
-from mlx_sink.attention import sink_attention
+from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.kernels import check_decode, source, trust
 from mlx_sink.kernels import decode as kernel
 from mlx_sink.kernels.tables import decode_tables

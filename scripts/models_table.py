@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from every import no_single_layer, tiny
 
 from mlx_sink import SinkConfig, attach
-from mlx_sink.architectures import REFUSED, VERIFIED
+from mlx_sink.models.architectures import REFUSED, VERIFIED
 
 HEAD = f"""# Models
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from decode_case import Case, ring_at
 
-from mlx_sink.ring import Ring
+from mlx_sink.attention.ring import Ring
 
 W = 90
 """Keys enough that several tiles go to a simdgroup, and some to more than one split."""

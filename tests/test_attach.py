@@ -21,9 +21,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sink import CacheError, ConfigError, SinkConfig, UnsupportedModelError, attach, detach
-from mlx_sink.cache import SinkCache
-from mlx_sink.hook import HOOKED, MARK
-from mlx_sink.rope import Rotation
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.models.hook import HOOKED, MARK
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 

@@ -19,11 +19,11 @@ from tiny import VOCABULARY, build, plain, random_tokens, recompute
 
 import mlx_sink
 from mlx_sink import InputError, SinkConfig
-from mlx_sink import calibration_files as files
-from mlx_sink.architectures import VERIFIED
-from mlx_sink.calibrate import TOLERANCE, Arm, Calibration, calibrate
-from mlx_sink.settings import Settings
-from mlx_sink.sink_share import FIRST, sink_share
+from mlx_sink.commands.convert import card as files
+from mlx_sink.measure.calibrate import TOLERANCE, Arm, Calibration, calibrate
+from mlx_sink.measure.sink_share import FIRST, sink_share
+from mlx_sink.models.architectures import VERIFIED
+from mlx_sink.models.settings import Settings
 
 WORDS = "the cat and the dog went to the sea and the cat sat down. "
 
@@ -90,7 +90,7 @@ def test_shares_of_every_architecture(name: str):
 
 def test_what_is_observed_is_what_is_attended_with():
     """The observer is gone after the block, and changes nothing."""
-    from mlx_sink.attention import observed
+    from mlx_sink.attention.dispatch import observed
 
     model, tokens = build("llama", layers=2), random_tokens(30)
     seen: list[Any] = []
@@ -219,7 +219,7 @@ def test_which_window_is_recommended(
     levelled: bool,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    module = sys.modules["mlx_sink.calibrate"]
+    module = sys.modules["mlx_sink.measure.calibrate"]
 
     def arms(model: Any, tokens: Any, configs: list[SinkConfig], since: int, bar: Any) -> Any:
         if len({c.num_sinks for c in configs}) > 1:
@@ -288,7 +288,7 @@ def test_figures_are_json(calibrated: tuple[Path, Calibration]):
 
 def test_the_model_inside_has_a_sink():
     """Known of this model: it was trained to have one, and is lost without it."""
-    model, tokenizer = mlx_lm.load(str(Path(mlx_sink.__file__).with_name("demo")))
+    model, tokenizer = mlx_lm.load(str(Path(mlx_sink.__file__).parent / "models" / "demo"))
     found = calibrate(model, tokenizer, files.sample_text()[:1500], context=512)
     assert found.sinks_matter
     assert found.settings.num_sinks == 1

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from folder import make_folder
 
-from mlx_sink import compare, losses, recall
-from mlx_sink.arms import SAMPLED, USUAL
-from mlx_sink.compare import lengths_of, main
+from mlx_sink.commands.compare import command as compare
+from mlx_sink.commands.compare.command import lengths_of, main
+from mlx_sink.commands.compare.page import notes
+from mlx_sink.commands.compare.panels import panels, wilson
 from mlx_sink.errors import InputError
-from mlx_sink.page import notes
-from mlx_sink.panels import panels, wilson
+from mlx_sink.measure import losses
+from mlx_sink.measure import needles as recall
+from mlx_sink.measure.methods import SAMPLED, USUAL
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40

@@ -18,10 +18,10 @@ from tiny import TOLERANCE, cut, mixed, recompute
 from tiny import every as each
 
 from mlx_sink import SinkConfig, UnsupportedModelError, attach
-from mlx_sink.architectures import REFUSED, VERIFIED
-from mlx_sink.cache import SinkCache
-from mlx_sink.group import leaves
-from mlx_sink.layers import native_caches
+from mlx_sink.cache.group import leaves
+from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.models.architectures import REFUSED, VERIFIED
+from mlx_sink.models.layers import native_caches
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,11 +16,11 @@ from test_every import feed
 from tiny import TOLERANCE, build, mixed, random_tokens
 
 from mlx_sink import CacheError, SinkConfig, UnsupportedModelError, attach
-from mlx_sink.architectures import position_limit
-from mlx_sink.cache import SinkCache
-from mlx_sink.group import CacheGroup, leaves
-from mlx_sink.layers import bounded_caches, common_epoch, native_caches
-from mlx_sink.rope import Rotation
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache.group import CacheGroup, leaves
+from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.models.architectures import position_limit
+from mlx_sink.models.layers import bounded_caches, common_epoch, native_caches
 
 CONFIG = SinkConfig(3, 10, epoch=17, rollback=2)
 

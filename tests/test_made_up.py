@@ -23,7 +23,7 @@ from test_attach import refusal
 from tiny import TOLERANCE, build, cut, every, mixed, recompute
 
 from mlx_sink import SinkConfig, attach
-from mlx_sink.hook import HOOKED, MARK
+from mlx_sink.models.hook import HOOKED, MARK
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 DEFAULT = SinkConfig(3, 10)

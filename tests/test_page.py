@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mlx_sink.arms import NAMES
-from mlx_sink.page import page
+from mlx_sink.commands.compare.page import page
+from mlx_sink.measure.methods import NAMES
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),

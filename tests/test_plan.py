@@ -14,13 +14,14 @@ from every_configs import OVERRIDES
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_sink import ConfigError, ModelError, SinkConfig, UnsupportedModelError, attach, budget
-from mlx_sink import plan as command
-from mlx_sink.plan import main
-from mlx_sink.planning import chips, costs_of, plan, working_set
-from mlx_sink.skeleton import build, weight_bytes
-from mlx_sink.units import parse_tokens, short
-from mlx_sink.work import after, per_key, step_of
+from mlx_sink import ConfigError, ModelError, SinkConfig, UnsupportedModelError, attach
+from mlx_sink.commands import plan as command
+from mlx_sink.commands.plan import main
+from mlx_sink.io.units import parse_tokens, short
+from mlx_sink.measure import budget
+from mlx_sink.measure.costs import chips, costs_of, plan, working_set
+from mlx_sink.measure.flops import after, per_key, step_of
+from mlx_sink.models.lazy import build, weight_bytes
 
 CONFIG = SinkConfig(4, 60)
 LENGTHS = [256, 512]

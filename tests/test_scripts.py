@@ -81,8 +81,8 @@ def test_moved_rings_stand_where_decoding_would_leave_them():
     from bench_stream import move
 
     from mlx_sink import SinkCache, SinkConfig
-    from mlx_sink.ring import Ring
-    from mlx_sink.rope import Rotation
+    from mlx_sink.attention.ring import Ring
+    from mlx_sink.attention.rope import Rotation
 
     cache = SinkCache(SinkConfig(3, 5, epoch=20), Rotation([]))
     ring = Ring.from_config(SinkConfig(3, 5, epoch=20))

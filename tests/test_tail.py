@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sink import InputError
-from mlx_sink.tail import BLOCK, LONGEST, MARK, Tail
+from mlx_sink.commands.generate.tail import BLOCK, LONGEST, MARK, Tail
 
 
 def all_of(tail: Tail) -> list[str]:

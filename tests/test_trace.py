@@ -18,9 +18,9 @@ from mlx_lm.models.llama import Model as Llama
 from mlx_lm.models.llama import ModelArgs
 
 from mlx_sink import SinkConfig, UnsupportedModelError, attach
-from mlx_sink.hook import hook
-from mlx_sink.rope import RopeCall, Rotation
-from mlx_sink.trace import Seen, WatchedCache, _watch, rope_call, watch
+from mlx_sink.attention.rope import RopeCall, Rotation
+from mlx_sink.models.hook import hook
+from mlx_sink.models.trace import Seen, WatchedCache, _watch, rope_call, watch
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 ROPE = mx.fast.rope

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import _get_classes
 
 from mlx_sink import SinkConfig, attach
-from mlx_sink.cache import SinkCache
+from mlx_sink.cache.sink_cache import SinkCache
 
 TOLERANCE = 1e-4
 """Largest error in float32 logits, as in the contract; on a CPU a tenth of it is seen."""

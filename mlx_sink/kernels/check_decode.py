@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_sink.attention.packed import Packed, packed
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.kernels import decode, decode_packed, inputs, source, trust
 from mlx_sink.kernels.tables import DecodeTables, decode_tables
-from mlx_sink.rope import Rotation
-from mlx_sink.storage import Packed, packed
 
 _KV_HEADS = 2
 _SPLITS = (1, 3)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_sink import reference
+from mlx_sink.attention import reference
+from mlx_sink.attention.ring import Layout, Ring, blocks_of
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.kernels import inputs, prefill, source, trust
 from mlx_sink.kernels.tables import PrefillTables, prefill_tables
-from mlx_sink.ring import Layout, Ring, blocks_of
-from mlx_sink.rope import Rotation
 
 CHUNK = 70
 """Queries of the check: two full tiles and one that is not."""

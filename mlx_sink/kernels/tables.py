@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_sink.attention.ring import Block, KeyRange, Layout, Turn
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.ring import Block, KeyRange, Layout, Turn
-from mlx_sink.rope import Rotation
 
 MAX_QUERIES = 8
 """New tokens of a call that the decode kernel serves."""

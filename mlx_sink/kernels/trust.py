@@ -22,12 +22,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_sink import reference
+from mlx_sink.attention import reference
+from mlx_sink.attention.ring import Layout, Ring, Turn, layout_of
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import ConfigError, KernelError, OutputError
-from mlx_sink.files import write_whole
+from mlx_sink.io.atomic import write_whole
 from mlx_sink.kernels import source
-from mlx_sink.ring import Layout, Ring, Turn, layout_of
-from mlx_sink.rope import Rotation
 
 SWITCH = "MLX_SINK_KERNEL"
 """``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and

@@ -1,0 +1,96 @@
+"""Options that several commands share, and a parser whose errors are one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlx_sink.config import (
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_NUM_SINKS,
+    DEFAULT_WINDOW,
+    NUM_DRAFT_TOKENS,
+)
+from mlx_sink.io.terminal import STATUS_ERROR
+
+
+def program(command: str) -> str:
+    """Return how a command was called, as its messages name it."""
+    script = Path(sys.argv[0]).name if sys.argv else ""
+    return f"mlx-sink {command}" if script == "mlx-sink" else f"python -m mlx_sink.{command}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with status 2."""
+        line = " ".join(message.split())
+        self.exit(STATUS_ERROR, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model to load, spelled as mlx-lm spells them."""
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help="a model folder, a Hugging Face repository, or 'demo' (default) for the small "
+        "model inside this package",
+    )
+    parser.add_argument("--adapter-path", help="a folder with trained adapter weights")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the model or its tokenizer (default: never)",
+    )
+
+
+def add_sink_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the stream keeps."""
+    parser.add_argument(
+        "--num-sinks",
+        type=int,
+        help="first tokens that are never evicted (default: as the model's config.json says, or "
+        f"{DEFAULT_NUM_SINKS})",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        help="newest tokens that stay visible (default: as the model's config.json says, or "
+        f"{DEFAULT_WINDOW}, or as many as its trained context holds)",
+    )
+
+
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of quantised rings, spelled as mlx-lm spells them."""
+    kinds = (("kv", "keys and values"), ("k", "keys alone"), ("v", "values alone"))
+    for name, what in kinds:
+        parser.add_argument(
+            f"--{name}-bits",
+            type=int,
+            help=f"bits to quantise the cache's {what} to, 8 or 4 (default: the model's dtype)",
+        )
+    parser.add_argument(
+        "--kv-group-size",
+        type=int,
+        default=DEFAULT_GROUP_SIZE,
+        help=f"elements that share a scale: 32, 64 or 128 ({DEFAULT_GROUP_SIZE})",
+    )
+
+
+def kv_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say, as `SinkConfig` takes it."""
+    return {name: getattr(args, name) for name in ("kv_bits", "k_bits", "v_bits", "kv_group_size")}
+
+
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of speculative decoding, spelled as mlx-lm spells them."""
+    parser.add_argument(
+        "--draft-model",
+        help="a smaller model of the same family that guesses tokens ahead: the same text, sooner",
+    )
+    parser.add_argument(
+        "--num-draft-tokens", type=int, help=f"tokens guessed at once ({NUM_DRAFT_TOKENS})"
+    )

@@ -1,0 +1,111 @@
+"""A command and its terminal: exit statuses, one-line errors, output, Ctrl-C, progress."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from mlx_sink.errors import OutputError, SinkError
+
+STATUS_ERROR = 2
+STATUS_INTERRUPTED = 130
+STATUS_CLOSED_PIPE = 141
+
+
+def run(main: Callable[[], int], prog: str) -> NoReturn:
+    """Run a command and leave with its exit status.
+
+    A `SinkError` becomes one line on stderr and status 2; so does output that cannot be
+    written. A closed pipe ends quietly, Ctrl-C with status 130.
+    """
+    try:
+        status = main()
+    except SinkError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = STATUS_ERROR
+    except KeyboardInterrupt:
+        status = STATUS_INTERRUPTED
+    except BrokenPipeError:
+        status = STATUS_CLOSED_PIPE
+    sys.exit(status)
+
+
+def write(text: str) -> None:
+    """Write to stdout at once.
+
+    Raises:
+        BrokenPipeError: The reader is gone.
+        OutputError: The output cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python writes what is left in its buffer once more when it exits: to nowhere, then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OutputError(f"cannot write the output: {error.strerror or error}") from None
+
+
+class Interrupt:
+    """Ctrl-C, or a polite kill, as a question that is asked between tokens.
+
+    Within the ``with`` block the first one is only noted, so that nothing breaks off half-way;
+    the second one interrupts at once.
+
+    Attributes:
+        status: The exit status it asks for: 0 while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+
+    def __call__(self) -> bool:
+        """Tell whether there was one."""
+        return self.status != 0
+
+    def _note(self, number: int, _: object) -> None:
+        if self.status:
+            raise KeyboardInterrupt
+        self.status = 128 + number
+
+    def __enter__(self) -> Interrupt:
+        """Begin to listen."""
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put back what was there."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def say(line: str) -> None:
+    """Tell the person at the terminal something; output is what goes to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """Say something that does not end the run."""
+    say(f"warning: {line}")
+
+
+def bar(total: float | None, what: str, unit: str, **options: Any) -> tqdm[Any]:
+    """Return a progress bar on stderr, which leaves nothing behind.
+
+    Where stderr is no terminal every redrawing is a line: one in ten seconds.
+
+    Args:
+        total: Units in all.
+        what: What goes on, a word.
+        unit: What is counted.
+        options: More, as tqdm takes them.
+    """
+    pace = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=what, unit=unit, mininterval=pace, leave=False, **options)
