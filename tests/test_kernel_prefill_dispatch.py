@@ -23,6 +23,7 @@ from test_attention import Extras, Heads, Stream, attended, brute_force
 import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.attention import dispatch as attention
+from mlx_sink.attention import reference
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.ring import Ring, layout_of
 from mlx_sink.attention.rope import Rotation
@@ -171,7 +172,7 @@ def test_the_kernel_is_timed(launches: list[tuple[int, ...]], monkeypatch: pytes
     monkeypatch.setattr(check_prefill, "TIMED_RING", small)
     monkeypatch.setattr(check_prefill, "TIMED_CHUNK", 16)
     ran: list[str] = []
-    for module, name in ((check_prefill.prefill, "prefill"), (check_prefill.reference, "attend")):
+    for module, name in ((check_prefill.prefill, "prefill"), (reference, "attend")):
         whole = getattr(module, name)
 
         def noted(*given: Any, name: str = name, whole: Any = whole, **options: Any) -> mx.array:

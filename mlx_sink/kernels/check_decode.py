@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sink.attention.packed import Packed, packed
+from mlx_sink.attention.packed import Packed
+from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.kernels import decode, decode_packed, inputs, source, trust
+from mlx_sink.kernels.sample import RINGS, Sample, random_sample
 from mlx_sink.kernels.tables import DecodeTables, decode_tables
 
-_KV_HEADS = 2
 _SPLITS = (1, 3)
 """The kernel runs without its second pass, and with it."""
 
@@ -60,6 +61,23 @@ class DecodeVariant:
             (self.softcap, self.learned_sinks),
         )
         return name if self.packed is None else name + "-k{}v{}g{}".format(*self.packed)
+
+    def sample(self, n_kv_heads: int = 2, rings: Sequence[Ring] = RINGS) -> Sample:
+        """Return random arrays for this variant, the same every time."""
+        plain = random_sample(
+            self.dtype,
+            n=self.n,
+            n_heads=n_kv_heads * self.group,
+            n_kv_heads=n_kv_heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
+            rotated=self.rotated,
+            interleaved=self.interleaved,
+            softcap=self.softcap,
+            learned_sinks=self.learned_sinks,
+            rings=rings,
+        )
+        return plain if self.packed is None else plain.quantised(*self.packed)
 
 
 def serves(
@@ -122,52 +140,39 @@ def verdict_of(variant: DecodeVariant) -> trust.Verdict:
 
 def check(variant: DecodeVariant) -> trust.Verdict:
     """Run a variant on wrapped rings, and compare it with `reference`."""
-    sample = trust.sample(
-        variant.dtype,
-        n=variant.n,
-        n_heads=_KV_HEADS * variant.group,
-        n_kv_heads=_KV_HEADS,
-        head_dim=variant.head_dim,
-        v_head_dim=variant.v_head_dim,
-        rotated=variant.rotated,
-        interleaved=variant.interleaved,
-        softcap=variant.softcap,
-        learned_sinks=variant.learned_sinks,
-    )
+    sample = variant.sample()
     try:
-        sample, run = _runner(variant, sample)
-        options = sample.options
-        outputs = [run(scale=sample.scale, splits=splits, **options) for splits in _SPLITS]
+        launch = launcher(sample)
+        outputs = [launch(sample.queries, splits) for splits in _SPLITS]
         return trust.judge(sample.error(*outputs), variant.dtype)
     except (RuntimeError, ValueError) as error:
         return trust.failure(error)
 
 
-def _runner(
-    variant: DecodeVariant, sample: trust.Sample
-) -> tuple[trust.Sample, Callable[..., mx.array]]:
-    """Return a function that launches the kernel on a sample, and the sample as it reads it."""
-    is_packed = variant.packed is not None
+def launcher(sample: Sample) -> Callable[[mx.array, int | None], mx.array]:
+    """Return a function of queries and splits that launches the kernel on a sample."""
     rows = [
         decode_tables(
             layout,
             layout.block(layout.ring.tokens, layout.end),
             sample.rotation,
-            packed=is_packed,
+            packed=sample.packed is not None,
         )
         for layout in sample.layouts
     ]
-    tables = DecodeTables.stack(rows)
-    q, k, v = sample.queries, sample.keys, sample.values
-    if variant.packed is None:
-        return sample, functools.partial(decode.decode, q, k, v, tables)
-    k_bits, v_bits, size = variant.packed
-    keys, values = (
-        packed(k, trust.NUM_SINKS, k_bits, size),
-        packed(v, trust.NUM_SINKS, v_bits, size),
-    )
-    run = functools.partial(decode_packed.decode_packed, q, keys, values, tables)
-    return replace(sample, keys=keys.expanded(), values=values.expanded()), run
+    tables = rows[0] if len(rows) == 1 else DecodeTables.stack(rows)
+    scale, options = sample.scale, sample.options
+
+    def launch(queries: mx.array, splits: int | None = None) -> mx.array:
+        if sample.packed is not None:
+            return decode_packed.decode_packed(
+                queries, *sample.packed, tables, scale=scale, splits=splits, **options
+            )
+        return decode.decode(
+            queries, sample.keys, sample.values, tables, scale=scale, splits=splits, **options
+        )
+
+    return launch
 
 
 def forget() -> None:

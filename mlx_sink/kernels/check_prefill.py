@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_sink.attention import reference
-from mlx_sink.attention.ring import Layout, Ring, blocks_of
+from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
+from mlx_sink.errors import KernelError
 from mlx_sink.kernels import inputs, prefill, source, trust
+from mlx_sink.kernels.sample import RINGS, Sample, random_sample
 from mlx_sink.kernels.tables import PrefillTables, prefill_tables
 
 CHUNK = 70
@@ -27,7 +28,6 @@ TIMED_CHUNK = 512
 TIMED_RING = Ring(num_sinks=4, window=1024, epoch=4096, tokens=8704, start=8192, previous=4096)
 """What is timed: a ring half of whose window lies in the epoch before."""
 ROUNDS = 3
-_HEADS, _KV_HEADS = 8, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,28 @@ class PrefillVariant:
             "",
             (self.rotated, self.interleaved),
             (self.softcap, self.learned_sinks),
+        )
+
+    def sample(
+        self,
+        n: int = CHUNK,
+        n_heads: int = 8,
+        n_kv_heads: int = 2,
+        rings: Sequence[Ring] = RINGS,
+    ) -> Sample:
+        """Return random arrays for this variant, the same every time."""
+        return random_sample(
+            self.dtype,
+            n=n,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
+            rotated=self.rotated,
+            interleaved=self.interleaved,
+            softcap=self.softcap,
+            learned_sinks=self.learned_sinks,
+            rings=rings,
         )
 
 
@@ -113,9 +135,9 @@ def _is_trusted(variant: PrefillVariant) -> bool:
 
 def check(variant: PrefillVariant) -> trust.Verdict:
     """Run a variant on wrapped rings, compare it with `reference`, and time both."""
-    sample = _sample(variant, CHUNK, trust.RINGS)
+    sample = variant.sample()
     try:
-        verdict = trust.judge(sample.error(_by_kernel(variant, sample)), variant.dtype)
+        verdict = trust.judge(sample.error(launcher(sample)(sample.queries)), variant.dtype)
         return replace(verdict, speedup=speedup(variant)) if verdict.passed else verdict
     except (RuntimeError, ValueError) as error:
         return trust.failure(error)
@@ -123,68 +145,34 @@ def check(variant: PrefillVariant) -> trust.Verdict:
 
 def speedup(variant: PrefillVariant) -> float:
     """Return how many times faster the kernel is on this machine than the plain operations."""
-    sample = _sample(variant, TIMED_CHUNK, (TIMED_RING,))
+    sample = variant.sample(TIMED_CHUNK, rings=(TIMED_RING,))
+    queries, launch = sample.queries, launcher(sample)
     times = [
-        (
-            _seconds(lambda: _by_kernel(variant, sample)),
-            _seconds(lambda: _by_operations(sample)),
-        )
+        (_seconds(lambda: launch(queries)), _seconds(lambda: sample.by_operations(queries)))
         for _ in range(ROUNDS + 1)
     ]
     kernel, operations = zip(*times[1:], strict=True)  # the first round compiles
     return round(statistics.median(operations) / statistics.median(kernel), 3)
 
 
-def _sample(variant: PrefillVariant, n: int, rings: Sequence[Ring]) -> trust.Sample:
-    return trust.sample(
-        variant.dtype,
-        n=n,
-        n_heads=_HEADS,
-        n_kv_heads=_KV_HEADS,
-        head_dim=variant.head_dim,
-        v_head_dim=variant.v_head_dim,
-        rotated=variant.rotated,
-        interleaved=variant.interleaved,
-        softcap=variant.softcap,
-        learned_sinks=variant.learned_sinks,
-        rings=rings,
-    )
+def launcher(sample: Sample) -> Callable[[mx.array], mx.array]:
+    """Return a function of queries that launches the kernel on a sample.
 
-
-def _by_kernel(variant: PrefillVariant, sample: trust.Sample) -> mx.array:
-    tables = [_tables(variant, layout, sample.rotation) for layout in sample.layouts]
-    return prefill.prefill(
-        sample.queries,
-        sample.keys,
-        sample.values,
-        tables[0] if len(tables) == 1 else PrefillTables.stack(tables),
-        scale=sample.scale,
-        **sample.options,
-    )
-
-
-def _tables(variant: PrefillVariant, layout: Layout, rotation: Rotation) -> PrefillTables:
-    tile = prefill.tile_of(variant.head_dim, variant.v_head_dim, variant.dtype)
-    size = tile.queries if tile else 0
-    return prefill_tables(layout, layout.ring.tokens, layout.end, rotation, size)
-
-
-def _by_operations(sample: trust.Sample) -> mx.array:
-    """Compute a sample of one sequence as `sink_attention` does where no kernel serves."""
-    (layout,) = sample.layouts
-    turned = reference.Turned(sample.queries, layout, sample.rotation, sample.scale)
-    outputs = [
-        reference.attend(
-            turned.of(block),
-            sample.keys,
-            sample.values,
-            block,
-            layout.ring.window,
-            **sample.options,
-        )
-        for block in blocks_of(layout, reference.BLOCK)
+    Raises:
+        KernelError: The heads are too large for the kernel.
+    """
+    head_dim, v_head_dim = sample.keys.shape[3], sample.values.shape[3]
+    tile = prefill.tile_of(head_dim, v_head_dim, sample.queries.dtype)
+    if tile is None:
+        raise KernelError(f"no tile of heads of {head_dim}, {v_head_dim} fits threadgroup memory")
+    rows = [
+        prefill_tables(layout, layout.ring.tokens, layout.end, sample.rotation, tile.queries)
+        for layout in sample.layouts
     ]
-    return mx.concatenate(outputs, axis=2)
+    tables = rows[0] if len(rows) == 1 else PrefillTables.stack(rows)
+    return lambda queries: prefill.prefill(
+        queries, sample.keys, sample.values, tables, scale=sample.scale, **sample.options
+    )
 
 
 def _seconds(run: Callable[[], mx.array]) -> float:

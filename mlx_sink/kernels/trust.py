@@ -1,6 +1,6 @@
 """A kernel serves on a machine only after it has matched the plain operations there.
 
-At first use, each variant of a kernel runs once on random data (`Sample`) and is compared with
+At first use, each variant of a kernel runs once on random data (`sample`) and is compared with
 `reference`, computed on the CPU. That takes a few milliseconds beside the time of the compiler.
 The verdict is kept in a file, for this GPU, system, version of MLX and kernel text.
 """
@@ -14,17 +14,14 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_sink.attention import reference
-from mlx_sink.attention.ring import Layout, Ring, Turn, layout_of
-from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import ConfigError, KernelError, OutputError
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.kernels import source
@@ -213,125 +210,3 @@ def _write(path: Path, name: str, verdict: Verdict) -> None:
         write_whole(path, text.encode())
     except (OSError, OutputError):
         return  # A folder that cannot be written costs a check in every process, no more.
-
-
-NUM_SINKS = 4
-RINGS = (
-    Ring(num_sinks=NUM_SINKS, window=203, epoch=1000, tokens=741),
-    Ring(num_sinks=NUM_SINKS, window=203, epoch=300, tokens=660, start=600, previous=300),
-)
-"""The rings of a check. One has wrapped in its first epoch; the window of the other spans two."""
-SOFTCAP = 2.0
-"""The size of a typical score."""
-_MEAN_LOGIT = 6.5
-"""Of learned sinks: about the logarithm of the sum of the keys' weights. Small ones would not
-show."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What a kernel is checked on: random arrays, and which tokens they are.
-
-    Attributes:
-        queries: ``[B, n_heads, n, head_dim]``.
-        keys: ``[B, n_kv_heads, rows, head_dim]``.
-        values: ``[B, n_kv_heads, rows, v_head_dim]``.
-        layouts: Which token each query and row is, for each sequence.
-        rotation: A rotary embedding in which a wrong turn shows at once.
-        scale: Factor on q.k: sharp, so that the softmax picks a few keys.
-        options: Softcap and learned sinks, if the variant has them.
-    """
-
-    queries: mx.array
-    keys: mx.array
-    values: mx.array
-    layouts: list[Layout]
-    rotation: Rotation
-    scale: float
-    options: reference.Extras
-
-    def error(self, *outputs: mx.array) -> float:
-        """Return the largest error of a kernel's outputs, in units of the largest that is right.
-
-        NaN if any output is.
-        """
-        with mx.stream(mx.cpu):
-            expected = self._expected()
-            errors = mx.stack([mx.abs(out.astype(mx.float32) - expected) for out in outputs])
-            return cast("float", (errors.max() / mx.abs(expected).max()).item())
-
-    def _expected(self) -> mx.array:
-        """Compute in float32 and on the CPU, where matrix products are not cut to TF32."""
-        outputs: list[mx.array] = []
-        for b, layout in enumerate(self.layouts):
-            q, k, v = (
-                x[b : b + 1].astype(mx.float32) for x in (self.queries, self.keys, self.values)
-            )
-            # A new key each time: those of a model's steps must stay in the rotation's memory.
-            queries = {
-                turn: self.rotation.turn(q * self.scale, layout.turns(turn), key=object())
-                for turn in Turn
-            }
-            block, window = layout.block(layout.ring.tokens, layout.end), layout.ring.window
-            outputs.append(reference.attend(queries, k, v, block, window, **self.options))
-        return mx.concatenate(outputs)
-
-
-def sample(
-    dtype: mx.Dtype,
-    *,
-    n: int,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    v_head_dim: int,
-    rotated: int,
-    interleaved: bool,
-    softcap: bool,
-    learned_sinks: bool,
-    rings: Sequence[Ring] = RINGS,
-) -> Sample:
-    """Return a random sample for a variant of a kernel, the same every time.
-
-    Args:
-        dtype: Of queries, keys and values.
-        n: Queries of each sequence.
-        n_heads: Query heads.
-        n_kv_heads: Heads of keys and values.
-        head_dim: Of queries and keys.
-        v_head_dim: Of values.
-        rotated: Dimensions that the rotary embedding rotates.
-        interleaved: As in `Rotation`.
-        softcap: With a softcap.
-        learned_sinks: With learned sinks.
-        rings: The state of each sequence.
-    """
-    layouts = [layout_of(ring, n) for ring in rings]
-    # One row more than any query may read.
-    rows = 1 + max(run.row + run.length for layout in layouts for run in layout.runs)
-    shapes = (n_heads, n, head_dim), (n_kv_heads, rows, head_dim), (n_kv_heads, rows, v_head_dim)
-    with mx.stream(mx.cpu):
-        keys = mx.random.split(mx.random.key(0), len(shapes))
-        q, k, v = (
-            mx.random.normal((len(rings), *shape), key=key).astype(dtype)
-            for shape, key in zip(shapes, keys, strict=True)
-        )
-        logits = mx.random.normal((n_heads,), loc=_MEAN_LOGIT, key=mx.random.key(1))
-    return Sample(
-        q,
-        k,
-        v,
-        layouts,
-        rotation_of(rotated, interleaved),
-        2.0 * head_dim**-0.5,
-        {
-            "softcap": SOFTCAP if softcap else None,
-            "learned_sinks": logits if learned_sinks else None,
-        },
-    )
-
-
-def rotation_of(rotated: int, interleaved: bool) -> Rotation:
-    """Return a rotary embedding of low base, in which a wrong turn shows at once."""
-    pairs = rotated // 2
-    return Rotation([100.0 ** -(i / max(pairs, 1)) for i in range(pairs)], interleaved)
