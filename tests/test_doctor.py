@@ -10,7 +10,7 @@ import host_metal
 import mlx.core as mx
 import pytest
 
-from mlx_sink.doctor import main
+from mlx_sink.commands.doctor.command import main
 from mlx_sink.errors import ConfigError
 from mlx_sink.kernels import check_decode, check_prefill, source, trust
 
@@ -23,7 +23,7 @@ def metal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mx.fast, "metal_kernel", host_metal.metal_kernel)
     monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
-    monkeypatch.setattr("mlx_sink.doctor.STEPS", 1)
+    monkeypatch.setattr("mlx_sink.commands.doctor.command.STEPS", 1)
     monkeypatch.setattr(check_prefill, "speedup", lambda spec: 1.5)
     check_decode.forget()
 

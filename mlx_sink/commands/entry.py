@@ -17,7 +17,7 @@ COMMANDS = {
     "convert": ("convert.command", "convert a Hugging Face checkpoint, measure its settings"),
     "plan": ("plan", "what a model will cost, from its config.json alone"),
     "compare": ("compare.command", "methods side by side on your text and machine"),
-    "doctor": ("doctor", "are the kernels right on this machine, and how fast"),
+    "doctor": ("doctor.command", "are the kernels right on this machine, and how fast"),
 }
 """Module below `mlx_sink.commands`, and what it does in a line."""
 
