@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from mlx_sink.commands import plots
 from mlx_sink.commands.compare import page
+from mlx_sink.commands.numbers import add_integer, add_real
 from mlx_sink.commands.options import Parser, add_model_options, add_sink_options, program
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io import terminal
@@ -61,10 +62,13 @@ def parser() -> Parser:
         help="where to measure: 1K 4K 16K, or 1K..1M (default) for each doubling up to the end",
     )
     add("--arms", nargs="+", choices=arms.NAMES, default=arms.USUAL, help="what to compare")
-    add("--prefill-step-size", type=int, default=512, help="tokens read at once (512)")
-    add("--arm-minutes", type=float, default=3.0, help="reading time of an arm at most (3)")
-    add("--samples", type=int, default=64, help="tokens between lengths to recompute (64)")
-    add("--trials", type=int, default=8, help="questions for each place and arm; 0 for none (8)")
+    add_integer(p, "--prefill-step-size", least=1, default=512, help="tokens read at once")
+    what = "reading time of an arm at most, in minutes"
+    add_real(p, "--arm-minutes", least=0, above=True, default=3, help=what)
+    what = "tokens between lengths to recompute"
+    add_integer(p, "--samples", least=1, default=64, help=what)
+    what = "questions for each place and arm; 0 for none"
+    add_integer(p, "--trials", least=0, default=8, help=what)
     add(
         "--output",
         type=Path,

@@ -16,6 +16,7 @@ from mlx_sink.commands.convert import quantize as recipes
 from mlx_sink.commands.convert.card import SAMPLE, sample_text
 from mlx_sink.commands.convert.convert import Converted, Text, convert
 from mlx_sink.commands.convert.quantize import Recipe
+from mlx_sink.commands.numbers import integer
 from mlx_sink.commands.options import Parser, program
 from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import terminal
@@ -38,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     add("--hf-path", "--model", required=True, help="a model folder, or a repository on the hub")
     add("--mlx-path", default="mlx_model", help="the folder to make (mlx_model)")
     add("-q", "--quantize", action="store_true", help="quantise the weights")
-    add("--q-bits", type=int, help="bits per weight")
-    add("--q-group-size", type=int, help="weights that share a scale")
+    add("--q-bits", type=integer(1, 8), help="bits per weight")
+    add("--q-group-size", type=integer(1), help="weights that share a scale")
     add("--q-mode", choices=recipes.MODES, default="affine", help="how to quantise (affine)")
     add("--quant-predicate", choices=recipes.PREDICATES, help="a mixed-bit recipe")
     add("--dtype", choices=recipes.DTYPES, help="type of what is not quantised")
