@@ -60,7 +60,7 @@ SETTINGS = {
     "temp infinite": (["--temp", "1e999"], ["--temp", "at least 0", "got 1e999"]),
     "seed negative": (["--seed", "-1"], ["--seed", "from 0 to 18446744073709551615", "got -1"]),
     "seed too long": (["--seed", "18446744073709551616"], ["--seed", "got 18446744073709551616"]),
-    "penalty infinite": (["--presence-penalty", "-inf"], ["--presence-penalty", "got -inf"]),
+    "penalty infinite": (["--presence-penalty=-inf"], ["--presence-penalty", "got -inf"]),
     "repetition nan": (["--repetition-penalty", "nan"], ["--repetition-penalty", "above 0"]),
     "no number": (["--top-k", ""], ["--top-k", "an integer", "got ''"]),
     "sinks negative": (["--num-sinks", "-1"], ["--num-sinks", "at least 0", "got -1", "default"]),
