@@ -43,8 +43,8 @@ def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:
     Sets ``model.make_cache``, so that everything built on mlx-lm (its generate, chat and
     server, ``make_prompt_cache``) gets the bounded caches without knowing. The weights are not
     changed, and not loaded unless the architecture is one that mlx_sink does not know: then the
-    contract is put to the proof on the model itself. Attaching again replaces the settings of
-    caches made later.
+    model itself is checked against the contract. Attaching again replaces the settings of caches
+    made later.
 
     Args:
         model: A model from ``mlx_lm.load``.
@@ -107,8 +107,10 @@ def trained_context(model: nn.Module) -> int | None:
     args = getattr(model, "args", None)
     text = getattr(args, "text_config", None)
     for where in (args, text):
-        held = cast("dict[str, Any]", where if isinstance(where, dict) else vars(where or object))
-        context = held.get("max_position_embeddings")
+        fields = cast(
+            "dict[str, Any]", where if isinstance(where, dict) else vars(where or object)
+        )
+        context = fields.get("max_position_embeddings")
         if isinstance(context, int):
             return context
     return None

@@ -121,8 +121,7 @@ def _windows(traces: Iterable[CacheTrace]) -> dict[int, int]:
     """
     windows: dict[int, int] = {}
     for trace in traces:
-        if trace.length:
-            windows[trace.length] = max(windows.get(trace.length, 0), trace.window)
+        windows[trace.length] = max(windows.get(trace.length, 0), trace.window)
     return windows
 
 

@@ -45,7 +45,7 @@ def native_caches(model: nn.Module) -> list[Any]:
     make = getattr(type(model), "make_cache", None)
     if make is not None:
         return list(make(model))
-    layers = cast("Sequence[Any] | None", getattr(model, "layers", None))
+    layers: Sequence[Any] | None = getattr(model, "layers", None)
     if layers is None:
         raise UnsupportedModelError("it has no layers")
     return [mlx_lm_cache.KVCache() for _ in layers]
