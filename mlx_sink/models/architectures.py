@@ -35,8 +35,7 @@ VERIFIED = frozenset({
     "starcoder2", "step3p5", "talkie", "telechat3", "youtu_llm",
 })
 # fmt: on
-"""Architectures for which the tests show the contract. `attach` checks any other itself.
-"""
+"""Architectures for which the tests show the contract. `attach` checks any other itself."""
 
 _LEARNED_POSITIONS = "its positions are learned and added to the tokens: no turn changes them"
 _NORM_AFTER = (
