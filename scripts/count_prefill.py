@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_sink.attention.dispatch import BLOCK
+from mlx_sink.attention.kernels.prefill import Tile
+from mlx_sink.attention.kernels.tables import prefill_tables
 from mlx_sink.attention.ring import Layout, Ring, layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.kernels.prefill import Tile
-from mlx_sink.kernels.tables import prefill_tables
 
 SHAPES = ((2048, 256), (2048, 1024), (2048, 4096), (512, 1024), (8192, 1024), (8192, 4096))
 TILE = Tile(32, 32)

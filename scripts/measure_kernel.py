@@ -30,9 +30,9 @@ import host_metal
 from decode_case import Case, arrays, ring_at, run
 
 from mlx_sink.attention.dispatch import sink_attention
-from mlx_sink.kernels import check_decode, source, trust
-from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels.tables import decode_tables
+from mlx_sink.attention.kernels import check_decode, source, trust
+from mlx_sink.attention.kernels import decode as kernel
+from mlx_sink.attention.kernels.tables import decode_tables
 
 SHAPES = [
     (64, 1, 1), (64, 8, 1), (64, 16, 1), (80, 4, 1), (96, 4, 1), (128, 1, 1), (128, 4, 1),

@@ -210,7 +210,7 @@ class _Outcome:
 
 def outcome_of(mutation: Mutation | None, tests: str, kernel: str = "decode") -> _Outcome:
     """Run the tests of the mutation's kernel, or of one, on a changed text until one fails."""
-    from mlx_sink.kernels import source
+    from mlx_sink.attention.kernels import source
 
     text = source.text
 

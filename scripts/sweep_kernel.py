@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from decode_case import arrays, error, run
     from decode_grid import TOLERANCES, case_of, label, random_points
 
-    from mlx_sink.kernels import decode as kernel
+    from mlx_sink.attention.kernels import decode as kernel
 
     errors: dict[mx.Dtype, list[float]] = {dtype: [] for dtype in TOLERANCES}
     failed = 0

@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 from tiny import distance, visible
 
+from mlx_sink.attention.kernels.decode import decode
+from mlx_sink.attention.kernels.tables import DecodeTables, decode_tables
 from mlx_sink.attention.ring import Layout, Ring, layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.kernels.decode import decode
-from mlx_sink.kernels.tables import DecodeTables, decode_tables
 
 BASE = 100.0
 """Of the rotary embedding: small, so that a wrong turn shows within a few tokens."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 import mlx.core as mx
 from decode_case import Arrays, Case, arrays
 
+from mlx_sink.attention.kernels.decode_packed import decode_packed
+from mlx_sink.attention.kernels.tables import DecodeTables, decode_tables
 from mlx_sink.attention.packed import Packed, packed
-from mlx_sink.kernels.decode_packed import decode_packed
-from mlx_sink.kernels.tables import DecodeTables, decode_tables
 
 Bits = tuple[int, int]
 Given = tuple[Arrays, Packed, Packed]

@@ -19,12 +19,12 @@ from decode_grid import TOLERANCES, W
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_sink.attention.kernels import decode as kernel
+from mlx_sink.attention.kernels import source
+from mlx_sink.attention.kernels.tables import decode_tables
 from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import source
-from mlx_sink.kernels.tables import decode_tables
 
 DTYPES = list(TOLERANCES)
 

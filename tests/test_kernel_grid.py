@@ -12,7 +12,7 @@ from decode_grid import AXES, TOLERANCES, Point, all_pairs, case_of, covering, l
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_sink.kernels import decode as kernel
+from mlx_sink.attention.kernels import decode as kernel
 
 COVERING = covering()
 

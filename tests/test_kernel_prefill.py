@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_kernel_decode import TOLERANCES, view_of
 
+from mlx_sink.attention.kernels import prefill as kernel
+from mlx_sink.attention.kernels import source
+from mlx_sink.attention.kernels.tables import PrefillTables, prefill_tables
 from mlx_sink.attention.ring import Layout, Ring, Run, layout_of
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import prefill as kernel
-from mlx_sink.kernels import source
-from mlx_sink.kernels.tables import PrefillTables, prefill_tables
 
 DTYPES = list(TOLERANCES)
 W = 30

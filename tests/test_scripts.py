@@ -15,7 +15,7 @@ import pytest
 from folder import make_folder
 from mlx.utils import tree_flatten
 
-from mlx_sink.kernels import source
+from mlx_sink.attention.kernels import source
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40

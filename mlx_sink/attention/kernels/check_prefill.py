@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_sink.attention.kernels import inputs, prefill, source, trust
+from mlx_sink.attention.kernels.sample import RINGS, Sample, random_sample
+from mlx_sink.attention.kernels.tables import PrefillTables, prefill_tables
 from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import inputs, prefill, source, trust
-from mlx_sink.kernels.sample import RINGS, Sample, random_sample
-from mlx_sink.kernels.tables import PrefillTables, prefill_tables
 
 CHUNK = 70
 """Queries of the check: two full tiles and one that is not."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sink.attention.kernels import inputs, source
+from mlx_sink.attention.kernels.tables import PrefillTables
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import inputs, source
-from mlx_sink.kernels.tables import PrefillTables
 
 TEXTS = ("decode_common", "prefill_common", "prefill")
 """Files of kernel text."""

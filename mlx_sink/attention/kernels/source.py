@@ -54,7 +54,7 @@ def device() -> mx.Device:
 @functools.cache
 def folder() -> Path:
     """Return where the text is: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     return next(path for path in (package / "metal", package.parent / "metal") if path.is_dir())
 
 

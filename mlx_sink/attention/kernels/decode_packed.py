@@ -11,10 +11,10 @@ import functools
 
 import mlx.core as mx
 
+from mlx_sink.attention.kernels import decode, inputs, source
+from mlx_sink.attention.kernels.tables import DecodeTables
 from mlx_sink.attention.packed import Packed
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import decode, inputs, source
-from mlx_sink.kernels.tables import DecodeTables
 
 TEXTS = ("decode_common", "packed_rows", "decode_packed", "decode", "decode_merge")
 """Files of kernel text."""

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_sink.attention.kernels import inputs, source
+from mlx_sink.attention.kernels.tables import MAX_QUERIES, MAX_RANGES, DecodeTables
 from mlx_sink.attention.ring import Block, Layout
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import inputs, source
-from mlx_sink.kernels.tables import MAX_QUERIES, MAX_RANGES, DecodeTables
 
 TEXTS = ("decode_common", "decode_plain", "decode", "decode_merge")
 """Files of kernel text."""

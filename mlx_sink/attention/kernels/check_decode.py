@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_sink.attention.kernels import decode, decode_packed, inputs, source, trust
+from mlx_sink.attention.kernels.sample import RINGS, Sample, random_sample
+from mlx_sink.attention.kernels.tables import DecodeTables, decode_tables
 from mlx_sink.attention.packed import Packed
 from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.kernels import decode, decode_packed, inputs, source, trust
-from mlx_sink.kernels.sample import RINGS, Sample, random_sample
-from mlx_sink.kernels.tables import DecodeTables, decode_tables
 
 _SPLITS = (1, 3)
 """The kernel runs without its second pass, and with it."""

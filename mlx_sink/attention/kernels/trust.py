@@ -22,9 +22,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sink.attention.kernels import source
 from mlx_sink.errors import ConfigError, KernelError, OutputError
 from mlx_sink.io.atomic import write_whole
-from mlx_sink.kernels import source
 
 SWITCH = "MLX_SINK_KERNEL"
 """``auto``: a kernel serves where it is trusted. ``on``: it is an error where it would serve and
