@@ -21,9 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import _checkout
+
 from mlx_sink.measure import as_json, say
 
-STORY = Path(__file__).parents[1] / "mlx_sink" / "demo" / "story.txt"
+STORY = _checkout.ROOT / "mlx_sink" / "demo" / "story.txt"
 RESUMED = re.compile(rb"going on at token (\d+), after (\d+) bytes of text")
 
 

@@ -11,12 +11,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import _checkout
 import _prefill_mutations
 import pytest
-
-ROOT = Path(__file__).parent.parent
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
@@ -224,7 +222,7 @@ def outcome_of(mutation: Mutation | None, tests: str, kernel: str = "decode") ->
         quiet = ["-x", "-qq", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
         quiet += ["-p", "no:terminalreporter"]
         name = mutation.kernel if mutation else kernel
-        file = ROOT / "tests" / f"test_kernel_{name}.py"
+        file = next(_checkout.TESTS.rglob(f"test_kernel_{name}.py"))
         pytest.main([str(file), "-k", tests, *quiet], plugins=[outcome])
     return outcome
 
@@ -235,7 +233,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="mutations whose words contain this")
     parser.add_argument("--list", action="store_true", help="say what there is, run nothing")
     given = parser.parse_args(arguments)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     chosen = [m for m in MUTATIONS if not given.only or given.only in m.what]
     for kernel in [] if given.list else sorted({m.kernel for m in chosen}):
         # A machine on which every test fails would seem to kill every mutant.

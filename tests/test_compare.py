@@ -19,7 +19,6 @@ from mlx_sink.errors import InputError
 from mlx_sink.page import notes
 from mlx_sink.panels import panels, wilson
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
 SIZES = ["--num-sinks", "2", "--window", "22", "--prefill-step-size", "16", "--samples", "4"]
 LENGTHS = [48, 100, 160]
@@ -82,9 +81,8 @@ def test_measures_every_arm_at_every_length(whole: dict[str, Any]):
 
 
 def test_losses_are_those_of_the_script(
-    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path
 ):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     import eval_stream
 
     figures = tmp_path / "out.json"

@@ -24,7 +24,6 @@ import mlx_sink
 from mlx_sink import OutputError, SinkConfig, UnsupportedModelError, atomic, checkpoint, writing
 from mlx_sink.convert import PROG, Recipe, Text, convert, main
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 WORDS = "the cat and the dog went to the sea and the cat sat down. "
 
 
@@ -397,9 +396,8 @@ def test_a_name_taken_meanwhile_is_not_overwritten(tmp_path: Path):
     assert (target / "b").read_text() == "old"
 
 
-def test_killed_at_any_moment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_killed_at_any_moment(capsys: pytest.CaptureFixture[str]):
     """A few of the kills of the script, which is run by hand for many."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     import kill_conversions
 
     assert kill_conversions.main(["--kills", "3", "--megabytes", "1"]) == 0

@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import mlx_sink
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = Path(mlx_sink.__file__).parent
 MODULES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})
 """All but the package's own ``__init__``, which names everything and imports it when asked."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import mlx_sink
 from mlx_sink.generate import main
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "mlx_sink" / "demo"
 
