@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import _checkout
 import _prefill_mutations
 import pytest
+from hypothesis import settings
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
@@ -220,7 +221,8 @@ def outcome_of(mutation: Mutation | None, tests: str, kernel: str = "decode") ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "text", planted)
         quiet = ["-x", "-qq", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
-        quiet += ["-p", "no:terminalreporter"]
+        quiet += ["-p", "no:terminalreporter", "-n", "0", "-m", ""]
+        quiet += ["--hypothesis-profile", settings.get_current_profile_name()]
         name = mutation.kernel if mutation else kernel
         file = next(_checkout.TESTS.rglob(f"test_kernel_{name}.py"))
         pytest.main([str(file), "-k", tests, *quiet], plugins=[outcome])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from decode_case import Arrays, Case, arrays, error, ring_at
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_kernel_decode import TOLERANCES, view_of
 
@@ -203,7 +203,6 @@ def cases(draw: st.DrawFn) -> Case:
     return kind(rings, head_dim=16, n_kv=1, group=draw(st.integers(1, 2)), n=n, seed=seed)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_any_ring(case: Case):
     check(case)
