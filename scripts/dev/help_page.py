@@ -18,9 +18,9 @@ from mlx_sink.commands.entry import COMMANDS
 
 HEAD = """# Options of every command
 
-Written by `python scripts/dev/help_page.py > docs/help.md` from what `--help` prints; a test checks
-that it is up to date. `python -m mlx_sink COMMAND` and `mlx-sink COMMAND` take the same options as
-`python -m mlx_sink.COMMAND`.
+Written by `python scripts/dev/help_page.py > docs/help.md` from what `--help` prints; a test
+checks that it is up to date. `python -m mlx_sink COMMAND` and `mlx-sink COMMAND` take the same
+options as `python -m mlx_sink.COMMAND`.
 """
 
 
