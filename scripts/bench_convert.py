@@ -22,12 +22,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import _checkout
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = _checkout.ROOT
 DEMO = ROOT / "mlx_sink" / "models" / "demo"
 ONE = """
 import json, pathlib, resource, sys, time

@@ -23,12 +23,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import _checkout
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = _checkout.ROOT
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 10
 
 

@@ -8,7 +8,6 @@ Python is timed while MLX traces a function: that is where its kernels may be ca
 Metal, and what it does then is what it does at every call. Text to stdout, or JSON (`--json`).
 """
 
-# ruff: noqa: E402 (the runner and its cases lie with the tests, which the path must name first)
 from __future__ import annotations
 
 import argparse
@@ -17,16 +16,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import mlx.core as mx
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+import _checkout  # noqa: F401 (the runner and its cases are the tests')
 import _mlx_sdpa
 import host_metal
+import mlx.core as mx
 from decode_case import Case, arrays, ring_at, run
 
 from mlx_sink.attention.dispatch import sink_attention

@@ -7,11 +7,7 @@ Each architecture is attached to as a tiny random instance of the tests.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
+import _checkout  # noqa: F401 (the models are the tests')
 from every import no_single_layer, tiny
 
 from mlx_sink import SinkConfig, attach

@@ -11,12 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import _checkout
 import _prefill_mutations
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from hypothesis import settings
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
@@ -222,9 +221,10 @@ def outcome_of(mutation: Mutation | None, tests: str, kernel: str = "decode") ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "text", planted)
         quiet = ["-x", "-qq", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
-        quiet += ["-p", "no:terminalreporter"]
+        quiet += ["-p", "no:terminalreporter", "-n", "0", "-m", ""]
+        quiet += ["--hypothesis-profile", settings.get_current_profile_name()]
         name = mutation.kernel if mutation else kernel
-        file = ROOT / "tests" / f"test_kernel_{name}.py"
+        file = next(_checkout.TESTS.rglob(f"test_kernel_{name}.py"))
         pytest.main([str(file), "-k", tests, *quiet], plugins=[outcome])
     return outcome
 
@@ -235,7 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="mutations whose words contain this")
     parser.add_argument("--list", action="store_true", help="say what there is, run nothing")
     given = parser.parse_args(arguments)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     chosen = [m for m in MUTATIONS if not given.only or given.only in m.what]
     for kernel in [] if given.list else sorted({m.kernel for m in chosen}):
         # A machine on which every test fails would seem to kill every mutant.

@@ -21,7 +21,6 @@ from mlx_sink.measure import losses
 from mlx_sink.measure import needles as recall
 from mlx_sink.measure.methods import SAMPLED, USUAL
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
 SIZES = ["--num-sinks", "2", "--window", "22", "--prefill-step-size", "16", "--samples", "4"]
 LENGTHS = [48, 100, 160]
@@ -84,9 +83,8 @@ def test_measures_every_arm_at_every_length(whole: dict[str, Any]):
 
 
 def test_losses_are_those_of_the_script(
-    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path
 ):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     import eval_stream
 
     figures = tmp_path / "out.json"

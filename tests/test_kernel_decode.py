@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from decode_case import Arrays, Case, arrays, error, ring_at, run
 from decode_grid import TOLERANCES, W
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_sink.attention.ring import Ring
@@ -166,7 +166,6 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(rings, head_dim=32, n_kv=draw(st.integers(1, 3)), n=n, splits=splits, seed=seed)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_any_ring(case: Case):
     check(case)

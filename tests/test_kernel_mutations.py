@@ -5,14 +5,10 @@ pytest runs within pytest here: what notices a mistake is the very test that pas
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import mutate_kernel
+import pytest
 from mutate_kernel import MUTATIONS, Mutation
 
 

@@ -12,10 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import mlx_sink
 
-ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file())
 PACKAGE = Path(mlx_sink.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted({path.parent for path in MODULES})

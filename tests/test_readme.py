@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import mlx_sink
 from mlx_sink.commands import entry
 from mlx_sink.commands.generate.command import main
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "mlx_sink" / "models" / "demo"
 

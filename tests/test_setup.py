@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parents[1]
 SHELL = ("bash", "basename", "cat", "chmod", "cksum", "dirname", "mkdir")
 
 

@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from checkout import ROOT
 
 from .errors import TextError, ToolError
 from .text import Place
@@ -34,9 +36,8 @@ _UCONTEXT = "HOST_METAL_UCONTEXT"
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $HOST_METAL_CACHE or a folder for this user in /tmp."""
-    given = os.environ.get("HOST_METAL_CACHE")
-    folder = Path(given or Path(tempfile.gettempdir()) / f"host-metal-{os.getuid()}")
+    """Where compiled kernels are kept: $HOST_METAL_CACHE, or a folder in this checkout."""
+    folder = Path(os.environ.get("HOST_METAL_CACHE") or ROOT / ".cache" / "host_metal")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
@@ -52,12 +53,17 @@ def compiler() -> str:
     found = shutil.which(command)
     if platform.system() != "Linux" or not found:
         raise ToolError(f"host_metal needs g++ 12 or later on Linux; '{command}' is not that")
-    version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    version = _version(found)
     number = re.search(r"\b(\d+)\.\d+\.\d+", version)
     if "clang" in version or not number or int(number[1]) < 12:
         line = version.splitlines()[0] if version else "unknown"
         raise ToolError(f"host_metal needs g++ 12 or later on Linux; '{command}' is {line}")
     return found
+
+
+@functools.cache
+def _version(command: str) -> str:
+    return subprocess.run([command, "--version"], capture_output=True, text=True).stdout
 
 
 @functools.cache
@@ -83,37 +89,33 @@ def key_of(*parts: str) -> str:
     return hashlib.sha256("\0".join([*parts, _headers_stamp()]).encode()).hexdigest()[:24]
 
 
-def _make(target: Path, command: Callable[[Path], Sequence[str]], input_: str = "") -> str:
-    """Run a compiler unless its output is there; return what it says against its input.
-
-    The output appears whole or not at all: test processes may compile the same kernel at once.
-    """
-    if target.exists():
-        return ""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        out = Path(folder) / target.name
-        result = subprocess.run(command(out), input=input_, capture_output=True, text=True)
-        if result.returncode:
-            return result.stderr or f"exit {result.returncode}"
-        os.replace(out, target)
-    return ""
+def _compile(command: Sequence[str], input_: str = "") -> str:
+    """Run the compiler; return what it says against its input, or nothing."""
+    result = subprocess.run([compiler(), *command], input=input_, capture_output=True, text=True)
+    return result.stderr or f"exit {result.returncode}" if result.returncode else ""
 
 
 def _runtime() -> Path:
     extra = ["-DHM_UCONTEXT"] if os.environ.get(_UCONTEXT) else []
     flags = ["-std=c++17", "-O2", "-fno-pie", f"-I{CPP}", *extra]
-    target = cache_folder() / f"runtime-{key_of(compiler(), *flags)}.o"
+    target = cache_folder() / f"runtime-{key_of(_version(compiler()), *flags)}.o"
+    if target.exists():
+        return target
     sources = [str(path) for path in sorted((CPP / "runtime").glob("*.cpp"))]
-    said = _make(
-        target, lambda out: [compiler(), *flags, "-r", "-nostdlib", *sources, "-o", str(out)]
-    )
-    if said:
-        raise ToolError("host_metal's runtime does not compile: " + said)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        said = _compile([*flags, "-r", "-nostdlib", *sources, "-o", str(made)])
+        if said:
+            raise ToolError("host_metal's runtime does not compile: " + said)
+        os.replace(made, target)
     return target
 
 
 def build_runner(unit: str) -> Path:
     """Compile and link a unit made by `host_unit`.
+
+    What is made lies in a folder of its own until it is whole: processes may build the same
+    kernel at once, and one may be killed.
 
     Returns:
         The program to run.
@@ -123,22 +125,18 @@ def build_runner(unit: str) -> Path:
     """
     flags = [*_KERNEL_FLAGS, *_target_flags(), f"-I{CPP}"]
     portable = os.environ.get(_UCONTEXT, "")
-    target = cache_folder() / f"kernel-{key_of(unit, compiler(), *flags, portable)}"
+    target = cache_folder() / f"kernel-{key_of(unit, _version(compiler()), *flags, portable)}"
     if target.exists():
         return target
-    object_ = target.with_suffix(".o")
-    said = _make(
-        object_, lambda out: [compiler(), *flags, "-x", "c++", "-", "-o", str(out)], input_=unit
-    )
-    if said:
-        raise _first_error(said)
-    runtime = _runtime()
-    said = _make(
-        target, lambda out: [compiler(), "-no-pie", str(object_), str(runtime), "-o", str(out)]
-    )
-    object_.unlink(missing_ok=True)
-    if said:
-        raise ToolError("host_metal cannot link a kernel: " + said)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        object_, program = f"{folder}/kernel.o", f"{folder}/kernel"
+        said = _compile([*flags, "-x", "c++", "-", "-o", object_], unit)
+        if said:
+            raise _first_error(said)
+        said = _compile(["-no-pie", object_, str(_runtime()), "-o", program])
+        if said:
+            raise ToolError("host_metal cannot link a kernel: " + said)
+        os.replace(program, target)
     return target
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from checkout import ROOT
 
 from .build import build_runner
 from .host_unit import host_unit
@@ -17,7 +18,7 @@ from .strict import check_strict
 from .text import Place, places, read_metal_files, with_line_markers, without_comments
 from .trace import Traced, trace
 
-METAL_FILES = Path(__file__).parents[2] / "metal"
+METAL_FILES = ROOT / "metal"
 
 # Kept from before a test puts ours in its place.
 _mlx_metal_kernel = mx.fast.metal_kernel

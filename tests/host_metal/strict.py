@@ -4,7 +4,9 @@ Runs clang's front end inside this process (the PyPI package libclang), for diag
 """
 
 import ctypes
+import functools
 import re
+from importlib import metadata
 from typing import Any
 
 from .build import CPP, cache_folder, key_of
@@ -77,7 +79,8 @@ def check_strict(traced: Traced, header: str, source: str) -> None:
         TextError: With the first error's line, and all messages.
     """
     unit = strict_unit(traced, header, source)
-    passed = cache_folder() / f"strict-{key_of(unit, *_ARGUMENTS, *_GENERIC, *_NAMED)}"
+    key = key_of(unit, _version(), *_ARGUMENTS, *_GENERIC, *_NAMED)
+    passed = cache_folder() / f"strict-{key}"
     if passed.exists():
         return
     found = _diagnose(unit, _GENERIC)
@@ -99,6 +102,14 @@ def _diagnose(unit: str, extensions: list[str]) -> list[tuple[Place, str]]:
         for diagnostic in parsed.diagnostics
         if diagnostic.severity >= cindex.Diagnostic.Error or _HARD.search(diagnostic.spelling)
     ]
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return metadata.version("libclang")
+    except metadata.PackageNotFoundError:
+        return ""  # The system's own.
 
 
 def _clang() -> Any:
