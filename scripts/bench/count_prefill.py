@@ -1,6 +1,6 @@
 """Count what the prefill kernel multiplies, from its tables: no GPU, no arrays.
 
-    python scripts/count_prefill.py
+    python scripts/bench/count_prefill.py
 
 For chunks of L tokens on a ring that has wrapped and whose window spans two epochs, it prints how
 many products of 8x8 fragments the kernel makes, in units of the least that the visible pairs of

@@ -1,6 +1,6 @@
 """Write docs/models.md: what each architecture's layers get, and what has been shown.
 
-    python scripts/models_table.py > docs/models.md
+    python scripts/dev/models_table.py > docs/models.md
 
 Each architecture is attached to as a tiny random instance of the tests.
 """
@@ -20,7 +20,7 @@ supported: dense and mixture-of-experts models, Llama, Mistral, Qwen, Gemma 1 to
 gpt-oss with its learned sinks, latent attention (DeepSeek, Kimi, LongCat, Mistral 4), Llama 4's
 chunks, the text towers of vision models, and hybrids with recurrent layers (Qwen 3.5, Jamba,
 Falcon-H1, Nemotron-H, LFM2, Granite). This page lists every module of `mlx_lm.models` with a
-`Model`, and what each kind of its layers gets. Written by `python scripts/models_table.py >
+`Model`, and what each kind of its layers gets. Written by `python scripts/dev/models_table.py >
 docs/models.md`; a test checks that it is up to date.
 
 ## What a layer gets
