@@ -29,6 +29,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_sink import SinkCache, SinkConfig, SinkError, attach
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.errors import ConfigError
+from mlx_sink.io.terminal import say
 from mlx_sink.measure.machine import (
     DTYPES,
     alternate,
@@ -36,7 +37,6 @@ from mlx_sink.measure.machine import (
     describe,
     evaluate_caches,
     machine,
-    say,
 )
 from mlx_sink.measure.methods import rotating_caches
 
