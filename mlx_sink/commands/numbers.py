@@ -119,7 +119,8 @@ def _refusal(
     if most is not None and above:
         span = f"above {least:g} and up to {most:g}"
     usual = f" (default: {default})" if default else ""
-    return argparse.ArgumentTypeError(f"must be {kind} {span}{also}, got {text!r}{usual}")
+    got = text if text.strip() == text != "" else repr(text)
+    return argparse.ArgumentTypeError(f"must be {kind} {span}{also}, got {got}{usual}")
 
 
 MAX_SEED = 2**64 - 1
