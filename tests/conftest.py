@@ -26,7 +26,55 @@ for name, examples in (("dev", 8), ("ci", 120)):
         suppress_health_check=[HealthCheck.too_slow],
     )
 
-SLOW: list[Slow] = []
+_ARCHITECTURES = """
+    deepseek_v3 deepseek_v32 gemma2 gemma3n gpt_oss jamba llama llama4 minicpm3 mixtral
+    nemotron-nas phi3 qwen3_next recurrent_gemma
+"""
+STAND_FOR_THE_REST = tuple(rf"\[{name}\]" for name in _ARCHITECTURES.split())
+"""One of each kind: dense, sliding, chunked, latent, sparse, recurrent, learned sinks, lenders."""
+
+ONE_OF_EACH_CHECK = (
+    "window one too long",  # Wrong numbers: of the decode kernel, the packed one, and prefill.
+    "bias left out",
+    "prefill: outputs not faded",
+    r"\[dead rows loaded",
+    "kv head ignored",
+    "slices merged before they are given",
+    "a barrier that half the slices skip",
+    "a sum that half the lanes skip",
+    "more than 32 KB shared",
+    "last row not stored",
+    "staged tiles taken for device memory",
+)
+"""A mistake for each thing that may notice it: `Mutation.kind`."""
+
+SLOW = [
+    # What some architectures show the others show too.
+    Slow("test_every.py", r"\[", ("refused", *STAND_FOR_THE_REST)),
+    Slow("test_every_tiny.py", "weight|logits|single", STAND_FOR_THE_REST),
+    Slow("test_calibrate.py", "test_shares_of_every_architecture", STAND_FOR_THE_REST),
+    # Points of a grid, beyond some that have every value of its axes.
+    Slow("test_kernel_grid.py", "test_grid", 11),
+    Slow("test_kernel_mutations.py", "test_killed", ONE_OF_EACH_CHECK),
+    Slow("test_kernel_dispatch.py", "test_a_few_new_tokens", ("plain-2", "plain-8", "softcap-3")),
+    Slow("test_draft.py", "test_the_text_of_the_model_alone", ("1-greedy", "3-pen", "5-p]")),
+    Slow("test_draft.py", "test_breaking_off", (r"\[1]", r"\[4]", r"\[23]")),
+    Slow(
+        "test_rollback.py", "test_what_follows", (r"llama-\[3", r"smollm3-\[1, 3", r"phi3.*-\[4")
+    ),
+    Slow("test_rollback.py", "test_a_loop_stands", ("0-4", "1-1", "2-0", "30-3", "31-2", "47-4")),
+    Slow("test_ring_rollback.py", "test_taken_back", ("-1]", "-3]")),
+    # What takes long, or a program that not everyone has.
+    Slow("test_compare.py", "test_a_run_that_was_stopped", (r"\[9]",)),
+    Slow("test_convert.py", "test_killed_at_any_moment"),
+    Slow("test_turns.py", "test_killed_again|test_a_small_file_system"),
+    Slow("test_loop.py", "test_nothing_grows_in_eight_thousand_tokens"),
+    Slow("test_scripts.py", "test_soak_goes_on", (r"\[1-0]",)),
+    Slow("test_mutate_package.py", "test_what_the_tests_notice"),
+    Slow("test_package.py", "test_a_wheel"),
+    Slow("test_kernel_cuda.py", "compile"),
+    Slow("test_page.py"),
+]
 """What the default set leaves out."""
 
 

@@ -29,32 +29,38 @@ class Slow:
     Attributes:
         file: The file's name, in whatever folder.
         tests: A pattern, searched for in the name of a test with its parameters.
-        stays: A pattern of those among them that stay; a number n for each n-th, from the first;
-            None if none does.
+        stays: Patterns of those among them that stay; or a number n, for each n-th from the first.
     """
 
     file: str
     tests: str = ""
-    stays: str | int | None = None
+    stays: tuple[str, ...] | int = ()
 
     def left_out(self, names: Sequence[str]) -> list[str]:
         """Return which of a file's tests are slow.
 
         Raises:
-            pytest.UsageError: The pattern matches none of them, or nothing or all would stay.
+            pytest.UsageError: A pattern matches none of them, or nothing is left out.
         """
-        matched = [name for name in names if re.search(self.tests, name)]
+        matched = _matching(self.tests, names, self.file)
         if isinstance(self.stays, int):
-            staying = matched[:: self.stays]
+            staying = set(matched[:: self.stays])
         else:
-            staying = [n for n in matched if self.stays and re.search(self.stays, n)]
-        if not matched or len(staying) == len(matched) or (self.stays and not staying):
-            raise pytest.UsageError(
-                f"the table of slow tests is out of date: of {len(matched)} tests that match "
-                f"{self.tests!r} in {self.file}, {len(staying)} match {self.stays!r}, which stay"
-            )
-        kept = set(staying)
-        return [name for name in matched if name not in kept]
+            staying = {n for p in self.stays for n in _matching(p, matched, self.file)}
+        if len(staying) == len(matched):
+            raise _out_of_date(f"all tests that match {self.tests!r} in {self.file} stay")
+        return [name for name in matched if name not in staying]
+
+
+def _matching(pattern: str, names: Sequence[str], file: str) -> list[str]:
+    matching = [name for name in names if re.search(pattern, name)]
+    if not matching:
+        raise _out_of_date(f"no test of {file} matches {pattern!r}")
+    return matching
+
+
+def _out_of_date(reason: str) -> pytest.UsageError:
+    return pytest.UsageError(f"the table of slow tests is out of date: {reason}")
 
 
 def mark(table: Sequence[Slow], items: Sequence[Item]) -> None:
@@ -74,7 +80,7 @@ def mark(table: Sequence[Slow], items: Sequence[Item]) -> None:
         present = files.get(entry.file)
         if present is None:
             if not any(ROOT.joinpath("tests").rglob(entry.file)):
-                raise pytest.UsageError(f"the table of slow tests names no file: {entry.file}")
+                raise _out_of_date(f"no file is called {entry.file}")
             continue
         slow = set(entry.left_out([item.name for item in present]))
         for item in present:

@@ -44,7 +44,7 @@ NO_PIP = """case "$*" in *"-m venv"*)
 esac"""
 
 
-@pytest.mark.parametrize("script", ["demo", "test", "test_torch"])
+@pytest.mark.parametrize("script", ["demo", "test"])
 @pytest.mark.parametrize(
     ("python", "words"),
     [
