@@ -12,7 +12,7 @@ queries and keys ask for, beside what other ways cost:
   makes MLX's own attention do on mlx-lm's rotating cache.
 - `blocks`: the plain operations, in blocks of 64 queries against the keys that any of them sees.
 
-`tests/test_kernel_prefill.py` holds the same count against the runner's. Lines are a table in
+`test_kernel_prefill.py` holds the same count against the runner's. Lines are a table in
 Markdown.
 """
 
