@@ -59,7 +59,7 @@ def commands(page: Path) -> list[str]:
     indented = re.findall(r"^    (.+)$", prose(page), re.MULTILINE)
     lines += re.findall(r"^\$ (.+)$", "\n".join(blocks(page, "text")), re.MULTILINE)
     found = [line for line in lines if line.strip()]
-    found += [span for span in [*spans, *indented] if _BEGINNING.match(span)]
+    found += [s for s in [*spans, *indented] if _BEGINNING.match(s) and not (ROOT / s).is_dir()]
     return list(dict.fromkeys(" ".join(line.split()) for line in found))
 
 
