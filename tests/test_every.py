@@ -137,7 +137,7 @@ def test_the_others_are_refused_by_name(name: str):
 
 
 def test_the_table_of_the_docs_is_up_to_date():
-    """`python scripts/models_table.py > docs/models.md` writes it."""
+    """`python scripts/dev/models_table.py > docs/models.md` writes it."""
     import models_table
 
     assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == models_table.table()

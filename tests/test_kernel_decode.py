@@ -308,7 +308,7 @@ def test_text_is_plain():
 
 
 def test_a_call_costs_little_python():
-    """Nothing is worked out twice. `scripts/measure_kernel.py` has the microseconds."""
+    """Nothing is worked out twice. `scripts/bench/measure_kernel.py` has the microseconds."""
     a = arrays(Case(SWITCH))
     calls: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Each mistake that ``scripts/mutate_kernel.py`` plants is noticed by the test that it names.
+"""Each mistake that ``scripts/dev/mutate_kernel.py`` plants is noticed by the test that it names.
 
 pytest runs within pytest here: what notices a mistake is the very test that passes without it.
 """

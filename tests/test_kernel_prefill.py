@@ -1,7 +1,7 @@
 """The prefill kernel's text, run on the CPU, against float64.
 
 Every case runs under the runner's checks, and every launch's fragment products are held against
-the count that `scripts/count_prefill.py` makes from the tables.
+the count that `scripts/bench/count_prefill.py` makes from the tables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``scripts/mutate_package.py``: each mistake is one, in one place, and the rates are what ran."""
+"""``scripts/dev/mutate_package.py``: a mistake is one, in one place; the rates are what ran."""
 
 from __future__ import annotations
 

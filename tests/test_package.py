@@ -126,6 +126,22 @@ def test_public_names():
         _ = mlx_sink.nothing
 
 
+def test_the_budget_is_an_attribute_of_the_package():
+    """After ``import mlx_sink`` alone, as docs/python.md has it."""
+    code = "import mlx_sink; print('budget' in dir(mlx_sink), mlx_sink.budget.plan.__module__)"
+    assert fresh(code) == "True mlx_sink.measure.budget"
+
+
+def test_what_a_program_imports_from_the_door_of_convert():
+    """The function and its arguments' types, and nothing that the door does not promise."""
+    code = (
+        "from mlx_sink.convert import Converted, Recipe, Text, convert; print(convert.__module__)"
+    )
+    assert fresh(code) == "mlx_sink.commands.convert.convert"
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec("from mlx_sink.convert import nothing")
+
+
 def test_the_version_is_said_once_more_in_the_metadata():
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert metadata["project"]["version"] == mlx_sink.__version__

@@ -411,7 +411,7 @@ def test_killed_again_and_again(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    """`scripts/kill_runs.py` with some kills; by hand it is run with 200."""
+    """`scripts/dev/kill_runs.py` with some kills; by hand it is run with 200."""
     import kill_runs
 
     prompt = tmp_path / "prompt.txt"

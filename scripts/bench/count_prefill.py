@@ -1,6 +1,6 @@
 """Count what the prefill kernel multiplies, from its tables: no GPU, no arrays.
 
-    python scripts/count_prefill.py
+    python scripts/bench/count_prefill.py
 
 For chunks of L tokens on a ring that has wrapped and whose window spans two epochs, it prints how
 many products of 8x8 fragments the kernel makes, in units of the least that the visible pairs of
@@ -12,7 +12,7 @@ queries and keys ask for, beside what other ways cost:
   makes MLX's own attention do on mlx-lm's rotating cache.
 - `blocks`: the plain operations, in blocks of 64 queries against the keys that any of them sees.
 
-`tests/test_kernel_prefill.py` holds the same count against the runner's. Lines are a table in
+`test_kernel_prefill.py` holds the same count against the runner's. Lines are a table in
 Markdown.
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kill conversions at random moments and look at what is left: a whole folder or none.
 
-    python scripts/kill_conversions.py --kills 50
+    python scripts/dev/kill_conversions.py --kills 50
 
 A random model is converted and calibrated once in peace. Then the same command is killed (SIGKILL)
 at random moments between its first write and its end, again and again, at one and the same target.

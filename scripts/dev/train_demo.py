@@ -4,7 +4,7 @@ It ships with the package (3 MB), so everything can be tried, tested and measure
 stands at slot 0 of every training sequence: a token that is always there and never carries news is
 where attention heads learn to park what they do not want to spend, and that is what a sink is.
 
-    OMP_WAIT_POLICY=passive python scripts/train_demo.py --data FOLDER --minutes 60
+    OMP_WAIT_POLICY=passive python scripts/dev/train_demo.py --data FOLDER --minutes 60
 
 FOLDER holds .txt files: books, one paragraph a line, and stories separated by `<|endoftext|>`.
 On a busy machine the passive policy keeps threads from burning the time they wait for each other.
@@ -406,7 +406,8 @@ def main() -> None:
     """Tokenizer, training, export, table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of .txt files")
-    parser.add_argument("--out", type=Path, default=Path("mlx_sink/demo"), help="folder to write")
+    out = Path("mlx_sink/models/demo")
+    parser.add_argument("--out", type=Path, default=out, help="folder to write")
     parser.add_argument("--minutes", type=float, default=60, help="training time")
     parser.add_argument("--checkpoint-minutes", type=float, default=5)
     parser.add_argument("--rows", type=int, default=4, help="sequences in a batch")

@@ -1,6 +1,6 @@
 """Kill a run with a session again and again: is its text that of a run left alone?
 
-    python scripts/kill_runs.py --kills 200
+    python scripts/dev/kill_runs.py --kills 200
 
 Both runs are the same command. One is killed (SIGKILL) at random moments: while it starts, reads
 its prompt, writes, or saves, which it does every few tokens. Every restart must go on from the

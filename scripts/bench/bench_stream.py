@@ -1,6 +1,6 @@
 """Time mlx_sink against mlx-lm's own caches on a random Llama: both in one process, in turns.
 
-    python scripts/bench_stream.py --windows 256 1024 4096
+    python scripts/bench/bench_stream.py --windows 256 1024 4096
 
 Five sections: `position` (is a token late in the stream as cheap as an early one?), `decode` and
 `prefill` (against `RotatingKVCache` of the same capacity), `reading` (a long text in chunks of
@@ -8,7 +8,7 @@ several sizes, against the same: does the time per token stay?), `bytes` (is the
 Lines for people go to stderr; the last line of stdout is one JSON object.
 
 On Linux, mlx's wheel brings a slow BLAS: preload a tuned one, as in
-`LD_PRELOAD=.../libopenblas.so.0 OPENBLAS_NUM_THREADS=2 python scripts/bench_stream.py`.
+`LD_PRELOAD=.../libopenblas.so.0 OPENBLAS_NUM_THREADS=2 python scripts/bench/bench_stream.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_sink import SinkCache, SinkConfig, SinkError, attach
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.errors import ConfigError
+from mlx_sink.io.terminal import say
 from mlx_sink.measure.machine import (
     DTYPES,
     alternate,
@@ -36,7 +37,6 @@ from mlx_sink.measure.machine import (
     describe,
     evaluate_caches,
     machine,
-    say,
 )
 from mlx_sink.measure.methods import rotating_caches
 

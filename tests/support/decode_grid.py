@@ -1,8 +1,8 @@
 """Every kind of decode call that the kernel claims to serve, as points of a grid of nine axes.
 
 The whole grid is half a million calls, of which each kind is compiled: the tests take points
-among which every two values of any two axes meet (`covering`), ``scripts/sweep_kernel.py`` takes
-random ones, as many as there is time for.
+among which every two values of any two axes meet (`covering`), ``scripts/dev/sweep_kernel.py``
+takes random ones, as many as there is time for.
 """
 
 from __future__ import annotations

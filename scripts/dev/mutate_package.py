@@ -1,6 +1,6 @@
 """Plant single mistakes in the package, one at a time, and count how many the tests notice.
 
-    python scripts/mutate_package.py --mutations 40 --seed 0 --minutes 60
+    python scripts/dev/mutate_package.py --mutations 40 --seed 0 --minutes 60
 
 A mistake is a comparison, an integer, a sign, an ``and`` or ``or``, a ``not`` or a truth value
 that is another one. They are drawn at random from the modules that hold the state and the
@@ -29,9 +29,9 @@ from functools import cache
 from pathlib import Path
 
 import _checkout
-from mlx_sink.panels import wilson
 
 import mlx_sink
+from mlx_sink.commands.compare.panels import wilson
 
 PACKAGE = _checkout.ROOT / "mlx_sink"
 MODULES = shlex.split("""

@@ -1,6 +1,6 @@
 """Run a command and watch the memory of its process: does it grow?
 
-    python scripts/watch_memory.py --json memory.json -- \\
+    python scripts/bench/watch_memory.py --json memory.json -- \\
         python -m mlx_sink.generate --prompt-file BOOK --max-tokens 1000 --ignore-eos
 
 Prints the resident memory at every tenth of the run, and how far it strays between the first

@@ -1,6 +1,6 @@
 """Measure loss by position in a long stream: mlx_sink, mlx-lm's caches, and the oracle.
 
-    python scripts/eval_stream.py --model MODEL --text FILE --tokens 8192 --streams 16 \\
+    python scripts/bench/eval_stream.py --model MODEL --text FILE --tokens 8192 --streams 16 \\
         --num-sinks 4 --window 252 --plot loss.png
 
 The text is cut into streams that move in step as rows of a batch, each behind the tokenizer's
@@ -12,7 +12,7 @@ A whole book: `--streams 1 --arms ours`. Two more arms, on demand, are ours with
 `--arms ours bits8 bits4`.
 
 On Linux, mlx's wheel brings a slow BLAS: preload a tuned one, as in
-`LD_PRELOAD=.../libopenblas.so.0 OPENBLAS_NUM_THREADS=2 python scripts/eval_stream.py ...`.
+`LD_PRELOAD=.../libopenblas.so.0 OPENBLAS_NUM_THREADS=2 python scripts/bench/eval_stream.py ...`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Count what the decode kernel does, and time the Python of a call: no GPU is needed for either.
 
-The counts are those of the kernel's text run on the CPU (`tests/host_metal`), the same on every
-machine; beside them those of MLX's own kernel, `sdpa_vector`, on as many keys. A `simd_sum` or
-`simd_max` counts as the five shuffles that it takes to join 32 lanes.
+The counts are those of the kernel's text run on the CPU (`tests/support/host_metal`), the same on
+every machine; beside them those of MLX's own kernel, `sdpa_vector`, on as many keys. A `simd_sum`
+or `simd_max` counts as the five shuffles that it takes to join 32 lanes.
 
 Python is timed while MLX traces a function: that is where its kernels may be called without
 Metal, and what it does then is what it does at every call. Text to stdout, or JSON (`--json`).

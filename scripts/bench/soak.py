@@ -1,6 +1,6 @@
 """Let a stream read and write millions of tokens: does anything grow, slow down or drift?
 
-    python scripts/soak.py --layers 6 --tokens 5000000 --state soak-deep
+    python scripts/bench/soak.py --layers 6 --tokens 5000000 --state soak-deep
 
 A random Llama reads random text and writes on, in turns. For each bucket of tokens one row says
 what the process and MLX held and how long a token took, and how far the log probabilities are

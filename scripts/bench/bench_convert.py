@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and peak memory of a conversion, beside mlx-lm's own converter.
 
-    python scripts/bench_convert.py --megabytes 1200 --shard-megabytes 200
+    python scripts/bench/bench_convert.py --megabytes 1200 --shard-megabytes 200
 
 A random Llama is written in shards, and converted by both, alternating, each run in a process of
 its own. mlx-lm writes shards of 5 GB, more than a model that a test machine likes to hold; here
@@ -46,7 +46,7 @@ def small_shards(weights):
         held += weight.nbytes
     return shards
 utils.make_shards = small_shards
-from mlx_sink import atomic
+from mlx_sink.io import atomic
 from mlx_sink.convert import Recipe, convert
 start = time.perf_counter()
 if arm == "ours":
