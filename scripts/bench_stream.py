@@ -30,7 +30,6 @@ from mlx_sink import SinkCache, SinkConfig, SinkError, attach
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.errors import ConfigError
 from mlx_sink.measure.machine import (
-    DTYPES,
     alternate,
     as_json,
     describe,
@@ -39,6 +38,7 @@ from mlx_sink.measure.machine import (
     say,
 )
 from mlx_sink.measure.methods import rotating_caches
+from mlx_sink.models.lazy import DTYPES
 
 SECTIONS = ("position", "decode", "prefill", "reading", "bytes")
 EARLY = 2048

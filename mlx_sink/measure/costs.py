@@ -17,7 +17,7 @@ from mlx_sink.measure import budget
 from mlx_sink.measure import flops as work
 from mlx_sink.models import checkpoint, settings
 from mlx_sink.models import lazy as skeleton
-from mlx_sink.models.attach import attach, trained_context
+from mlx_sink.models.attach import attach
 from mlx_sink.models.report import LayerReport, Report
 
 LENGTHS = (4 << 10, 32 << 10, 128 << 10, 1 << 20, 10 << 20)
@@ -176,7 +176,7 @@ def plan(
     read = skeleton.read_config(name)
     named = skeleton.dtype_of(read)
     model = skeleton.build(read, dtype)
-    context = trained_context(model) or checkpoint.trained_context(read)
+    context = checkpoint.trained_context(model.args) or checkpoint.trained_context(read)
     config, _ = settings.apply(settings.Settings.of(read), context, num_sinks, window)
     costs = costs_of(model, config)
     capacity = config.capacity

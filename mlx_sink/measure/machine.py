@@ -20,8 +20,6 @@ FAST_GFLOPS = 10.0
 
 _evaluate: Callable[..., None] = cast("Any", mx).eval
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
 
 def machine() -> dict[str, Any]:
     """Describe what the figures were measured on, in JSON-ready form."""
