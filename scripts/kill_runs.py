@@ -21,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from mlx_sink.measure.machine import as_json, say
+from mlx_sink.io.terminal import say
+from mlx_sink.measure.machine import as_json
 
 STORY = Path(__file__).parents[1] / "mlx_sink" / "models" / "demo" / "story.txt"
 RESUMED = re.compile(rb"going on at token (\d+), after (\d+) bytes of text")

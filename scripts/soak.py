@@ -32,7 +32,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_sink
 from mlx_sink import SinkConfig, SinkError, Stream, attach
-from mlx_sink.measure.machine import as_json, describe, machine, say
+from mlx_sink.io.terminal import say
+from mlx_sink.measure.machine import as_json, describe, machine
 
 SINKS = 4
 COLUMNS = {

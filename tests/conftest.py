@@ -22,5 +22,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Attend in blocks of the (indirect) parameter's size, so that a chunk has many."""
-    monkeypatch.setattr("mlx_sink.attention.BLOCK", request.param)
+    monkeypatch.setattr("mlx_sink.attention.dispatch.BLOCK", request.param)
     return request.param

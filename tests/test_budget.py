@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten
 from tiny import VOCABULARY, build
 
 from mlx_sink import ConfigError, SinkConfig, attach
+from mlx_sink.io.units import parse_bytes
 from mlx_sink.measure import budget
-from mlx_sink.measure.budget import parse_bytes, plan
+from mlx_sink.measure.budget import plan
 from mlx_sink.models.attach import make_cache
 from mlx_sink.stream.loop import Loop, Sampling
 

@@ -219,7 +219,7 @@ def test_which_window_is_recommended(
     levelled: bool,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    module = sys.modules["mlx_sink.calibrate"]
+    module = sys.modules["mlx_sink.measure.calibrate"]
 
     def arms(model: Any, tokens: Any, configs: list[SinkConfig], since: int, bar: Any) -> Any:
         if len({c.num_sinks for c in configs}) > 1:

@@ -11,10 +11,9 @@ from typing import Any
 from mlx_sink.commands import plots
 from mlx_sink.commands.options import Parser, add_sink_options, program
 from mlx_sink.io import terminal
-from mlx_sink.io.units import parse_tokens, short
+from mlx_sink.io.units import format_bytes, parse_tokens, short
 from mlx_sink.measure.costs import LENGTHS, plan
 from mlx_sink.models.lazy import DTYPES
-from mlx_sink.models.report import format_bytes
 
 PROG = program("plan")
 DESCRIPTION = (

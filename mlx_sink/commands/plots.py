@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_sink.errors import ConfigError
-from mlx_sink.io.files import write_whole
+from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import short
 
 FORMATS = (".png", ".svg")

@@ -13,6 +13,9 @@ import re
 import shutil
 from collections.abc import Generator
 from pathlib import Path
+from typing import BinaryIO
+
+from mlx_sink.errors import OutputError
 
 
 def temporary(path: Path) -> Path:
@@ -29,6 +32,49 @@ def clean(path: Path) -> None:
             match = pattern.fullmatch(name)
             if match and not _is_other_process(int(match[1])):
                 _remove(path.with_name(name))
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
+    """Yield an open file that takes the place of ``path`` when the block ends without an error.
+
+    The file before stays whole until this one is on the disk. A link is followed.
+
+    Args:
+        path: Where it goes.
+        mode: Its permissions, less the umask.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    clean(path)
+    beside = temporary(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    try:
+        with os.fdopen(os.open(beside, flags, mode), "wb") as file:
+            yield file
+            file.flush()
+            sync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put a file in the place of the one before, which stays until this one is on the disk.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        with whole_file(path) as file:
+            file.write(data)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OutputError(f"cannot write {str(path)!r}: {reason}") from None
 
 
 @contextlib.contextmanager

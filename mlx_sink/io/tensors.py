@@ -3,6 +3,8 @@
 The format is safetensors, so that any tool can look inside. Its ``__metadata__`` begins with a
 SHA-256 over the whole file (taken with zeros in the place of the sum itself) and holds the JSON.
 Nothing in a file is ever run, and nothing is allocated before the file has been checked.
+
+A tree of arrays and plain values, such as a cache's state, goes to JSON and back by `pack`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 
-from mlx_sink.errors import OutputError, SessionError
+from mlx_sink.errors import CacheError, OutputError, SessionError
 from mlx_sink.io import atomic
 
 FORMAT = "mlx_sink session 1"
@@ -57,9 +59,6 @@ _writing = Lock()
 def write(path: Path, note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> None:
     """Put a file in the place of the one before, which stays whole until this one is on disk.
 
-    Written to ``.NAME.PID.tmp`` in the same folder, synced, and renamed. What writers that were
-    killed left behind is removed.
-
     Args:
         path: Where it goes.
         note: JSON-ready.
@@ -68,18 +67,11 @@ def write(path: Path, note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -
     Raises:
         OutputError: It cannot be written, or its header would be too long to be read again.
     """
-    path = Path(os.path.realpath(path))
-    temporary = atomic.temporary(path)
+    header = _header(note, arrays)
     with _writing:
         try:
-            atomic.clean(path)
-            try:
-                _write(temporary, _header(note, arrays), arrays)
-                os.replace(temporary, path)
-                atomic.sync_folder(path.parent)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            with atomic.whole_file(path, 0o600) as file:
+                _write(file, header, arrays)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise OutputError(f"cannot save session {str(path)!r}: {reason}") from None
@@ -104,18 +96,15 @@ def _header(note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write(path: Path, header: bytes, arrays: Mapping[str, mx.array]) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
-        digest = hashlib.sha256(header)
-        file.write(header)
-        for array in arrays.values():
-            data = memoryview(cast("Any", mx.reshape(array, (-1,)).view(mx.uint8)))
-            digest.update(data)
-            file.write(data)
-        file.flush()
-        os.pwrite(file.fileno(), digest.hexdigest().encode(), SUM_AT)
-        atomic.sync(file.fileno())
+def _write(file: BinaryIO, header: bytes, arrays: Mapping[str, mx.array]) -> None:
+    digest = hashlib.sha256(header)
+    file.write(header)
+    for array in arrays.values():
+        data = memoryview(cast("Any", mx.reshape(array, (-1,)).view(mx.uint8)))
+        digest.update(data)
+        file.write(data)
+    file.seek(SUM_AT)
+    file.write(digest.hexdigest().encode())
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -210,3 +199,52 @@ def _tensors(
     if at != room:
         raise ValueError(at)
     return tensors
+
+
+def pack(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
+    """Turn a tree into JSON, its arrays put aside under names.
+
+    Raises:
+        CacheError: The tree holds something that is neither.
+    """
+    if isinstance(value, mx.array):
+        arrays[name] = value
+        return {"array": name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        items = [pack(v, f"{name}.{i}", arrays) for i, v in enumerate(cast("list[Any]", value))]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if isinstance(value, dict):
+        named = cast("dict[str, Any]", value)
+        return {"dict": {k: pack(v, f"{name}.{k}", arrays) for k, v in named.items()}}
+    raise CacheError(f"a cache holds a {type(value).__name__}, which cannot be saved")
+
+
+def unpack(value: Any, arrays: Mapping[str, mx.array]) -> Any:
+    """Turn what `pack` made into the tree again.
+
+    Raises:
+        ValueError: It is not what `pack` makes; other errors from values of other types.
+    """
+    if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise ValueError(cast("object", value))
+        return value
+    ((kind, held),) = cast("dict[str, Any]", value).items()
+    if kind == "array":
+        return arrays[held]
+    if kind == "list":
+        return [unpack(v, arrays) for v in held]
+    if kind == "tuple":
+        return tuple(unpack(v, arrays) for v in held)
+    if kind == "dict":
+        return {name: unpack(v, arrays) for name, v in held.items()}
+    raise ValueError(kind)
+
+
+def copied(value: Any) -> Any:
+    """Return a tree whose arrays may be written into without changing the original's."""
+    arrays: dict[str, mx.array] = {}
+    packed = pack(value, "", arrays)
+    return unpack(packed, {name: mx.array(array) for name, array in arrays.items()})

@@ -1,4 +1,4 @@
-"""Numbers of tokens as people write them: 4K is 4,096, 1M is 1,048,576."""
+"""Numbers as people write them: of tokens, where 4K is 4,096, and of bytes, where 2GB is 2e9."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from mlx_sink.errors import ConfigError
 
 SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20}
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def short(n: int) -> str:
@@ -27,3 +29,24 @@ def parse_tokens(text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise ConfigError(f"a length must be tokens such as 500, 4K or 1M, got {text!r}")
     return int(match[1]) * SIZES[match[2]]
+
+
+def format_bytes(n: float) -> str:
+    """Write a number of bytes for people, in units of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            break
+        n /= 1000
+    return f"{n:.0f} bytes" if unit == "bytes" else f"{n:.2f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes: ``2GB`` is 2e9, ``2GiB`` 2 * 2**30.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if match is None or (match[3] and not match[2]) or float(match[1]) == 0:
+        raise ConfigError(f"--memory must be bytes such as 2GB or 512MiB, got {text!r}")
+    return int(float(match[1]) * (BINARY if match[3] else UNITS)[match[2]])

@@ -7,7 +7,6 @@ workspace of the largest step. Python and its libraries come on top, some 100 MB
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,13 +17,11 @@ import mlx.nn as nn
 from mlx_sink.attention.dispatch import BLOCK
 from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError, UnsupportedModelError
+from mlx_sink.io.units import format_bytes
 from mlx_sink.models.attach import attach
 from mlx_sink.models.checkpoint import trained_context
 from mlx_sink.models.lazy import parameters, weight_bytes
-from mlx_sink.models.report import Report, format_bytes
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+from mlx_sink.models.report import Report
 
 IN_FLIGHT = 16
 """Arrays of scores that exist at one time: MLX works ten operations ahead."""
@@ -41,18 +38,6 @@ def add_options(p: argparse.ArgumentParser) -> None:
         help="take the largest window that fits into so much, weights and workspace included: "
         "2GB, 512MiB",
     )
-
-
-def parse_bytes(text: str) -> int:
-    """Read a number of bytes: ``2GB`` is 2e9, ``2GiB`` 2 * 2**30.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
-    if match is None or (match[3] and not match[2]) or float(match[1]) == 0:
-        raise ConfigError(f"--memory must be bytes such as 2GB or 512MiB, got {text!r}")
-    return int(float(match[1]) * (BINARY if match[3] else UNITS)[match[2]])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError
+from mlx_sink.io import terminal
 from mlx_sink.measure.sink_share import SinkShare, sink_share
 from mlx_sink.models.attach import attach, detach, make_cache
 from mlx_sink.models.settings import Settings
@@ -155,11 +155,8 @@ def calibrate(
     tried = [s for s in SINKS if 2 * s < capacity]
     sizes = [largest >> i for i in reversed(range(WINDOWS)) if largest >> i > 2 * max(tried)]
     total = (len(tried) + len(sizes)) * n
-    pace = 0.2 if sys.stderr.isatty() else 10.0
     try:
-        with tqdm(
-            total=total, desc="calibrating", unit="tok", mininterval=pace, leave=False
-        ) as bar:
+        with terminal.bar(total, "calibrating", "tok") as bar:
 
             def measured(configs: Sequence[SinkConfig], since: int) -> tuple[Arm, ...]:
                 return _arms(model, tokens, configs, since, bar)

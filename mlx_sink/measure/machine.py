@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,11 +122,6 @@ def as_json(result: dict[str, Any], indent: int | None = None) -> str:
         ValueError: A figure is NaN or infinite.
     """
     return json.dumps(result, allow_nan=False, indent=indent)
-
-
-def say(line: str) -> None:
-    """Print a line for people, out of the way of results."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def timed(run: Callable[[], object]) -> Side:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_sink.errors import InputError, SessionError
 from mlx_sink.io import tensors as store
-from mlx_sink.io.trees import pack, unpack
+from mlx_sink.io.tensors import pack, unpack
 from mlx_sink.measure.comparison import Arm, Comparison
 
 PLAIN = ("sampled", "at", "seconds", "bucket", "workspace", "stopped", "position")

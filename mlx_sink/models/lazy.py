@@ -107,7 +107,7 @@ def build(config: dict[str, Any], dtype: str | None = None) -> nn.Module:
             f"{kind!r} is built by code of its own (model_file): it cannot be planned"
         )
     try:
-        model_class, args_class = mlx_lm_utils._get_classes(config)
+        model_class, args_class = cast("Any", mlx_lm_utils)._get_classes(config)
     except ValueError as error:
         raise ModelError(f"unknown model_type {kind!r}: {one_line(error)}") from None
     name = model_class.__module__.rpartition(".")[2]

@@ -10,6 +10,7 @@ from typing import Any
 from mlx_sink.cache.aligned import AlignedCache
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
+from mlx_sink.io.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +137,6 @@ def _quantised(config: SinkConfig) -> str:
         return ""
     bits = f"{k} bits" if k == v else f"{k} (keys) and {v} bits (values)"
     return f", quantised to {bits} in groups of {config.kv_group_size}"
-
-
-def format_bytes(n: float) -> str:
-    """Write a number of bytes for people, in units of 1000."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            break
-        n /= 1000
-    return f"{n:.0f} bytes" if unit == "bytes" else f"{n:.2f} {unit}"
 
 
 def _alike(layers: tuple[LayerReport, ...]) -> list[tuple[LayerReport, list[int]]]:

@@ -22,7 +22,7 @@ from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import CacheError
-from mlx_sink.io.trees import copied
+from mlx_sink.io.tensors import copied
 from mlx_sink.stream.sampler import Choice, History, Sampling, choose
 from mlx_sink.stream.speculative import Draft, Step
 

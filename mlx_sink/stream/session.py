@@ -19,7 +19,7 @@ from mlx_sink.attention.ring import Ring
 from mlx_sink.cache.group import leaves
 from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.io import tensors as store
-from mlx_sink.io.trees import pack, unpack
+from mlx_sink.io.tensors import pack, unpack
 from mlx_sink.models.attach import make_cache
 from mlx_sink.models.lazy import parameters
 from mlx_sink.stream.loop import Loop

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.errors import CacheError, InputError
-from mlx_sink.io.trees import copied
+from mlx_sink.io.tensors import copied
 from mlx_sink.stream.sampler import Choice, History, Sampling, choose
 
 _evaluate: Callable[..., None] = cast("Any", mx).eval

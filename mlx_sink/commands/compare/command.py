@@ -20,13 +20,13 @@ from mlx_sink.commands.compare import page
 from mlx_sink.commands.options import Parser, add_model_options, add_sink_options, program
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io import terminal
-from mlx_sink.io.files import write_whole
+from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
 from mlx_sink.measure import losses, resume
 from mlx_sink.measure import methods as arms
 from mlx_sink.measure import needles as recall
 from mlx_sink.measure.comparison import Comparison, Settings
-from mlx_sink.measure.machine import as_json, describe, machine, say
+from mlx_sink.measure.machine import as_json, describe, machine
 from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
 from mlx_sink.models.lazy import weight_bytes
@@ -177,8 +177,8 @@ class _Run:
         """Run to the end, and leave the results and the page."""
         if self.state.exists():
             self.recall = resume.restore(self.state, self.comparison, self.key)
-            say(f"going on from {self.state}")
-        say(describe(self.head["machine"]))
+            terminal.say(f"going on from {self.state}")
+        terminal.say(describe(self.head["machine"]))
         began, shape = time.monotonic(), "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix} left"
         with tqdm(desc="reading", total=1.0, bar_format=shape) as bar:
             for _ in self.comparison.steps():

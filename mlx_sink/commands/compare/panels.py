@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_sink.commands import plots
-from mlx_sink.io.units import short
+from mlx_sink.io.units import format_bytes, short
 from mlx_sink.measure.methods import NAMES, SAMPLED
-from mlx_sink.models.report import format_bytes
 
 # Okabe and Ito, 2008: apart for people with any colour vision, on light and on dark.
 STYLES: dict[str, dict[str, Any]] = {

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 import mlx_sink
+from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Arm, Calibration
 from mlx_sink.measure.sink_share import SinkShare
 from mlx_sink.models import demo
 from mlx_sink.models.checkpoint import read_json
-from mlx_sink.models.report import format_bytes
 from mlx_sink.models.settings import SECTION
 
 CARD, PICTURE = "SINK.md", "SINK.png"

@@ -18,8 +18,8 @@ from mlx_sink.commands.convert.quantize import PREDICATES, Recipe
 from mlx_sink.commands.options import Parser, program
 from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import terminal
+from mlx_sink.io.units import format_bytes
 from mlx_sink.models.lazy import DTYPES, MODES
-from mlx_sink.models.report import format_bytes
 from mlx_sink.stream.chat import read_text
 
 PROG = program("convert")

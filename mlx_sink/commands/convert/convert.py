@@ -22,13 +22,14 @@ from mlx_sink.commands.convert.card import write_calibration
 from mlx_sink.commands.convert.quantize import Recipe, rewritten
 from mlx_sink.errors import ModelError, OutputError, one_line
 from mlx_sink.io import atomic, terminal
+from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
 from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
 from mlx_sink.models.checkpoint import Checkpoint
 from mlx_sink.models.lazy import parameters, weight_bytes
 from mlx_sink.models.load import find, is_remote, load_unattached
-from mlx_sink.models.report import Report, format_bytes
+from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
 
 _utils = cast("Any", mlx_lm_utils)

@@ -1,9 +1,8 @@
-"""What goes on beside mlx-lm's writer: it tells nobody how far it is, and syncs nothing."""
+"""Progress bar and early fsync while mlx-lm writes shards, which does neither."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Generator
 from pathlib import Path
 from threading import Event, Thread
@@ -11,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mlx_sink.io import atomic
+from mlx_sink.io import atomic, terminal
 
 INTERVAL = 0.1
 """Seconds between two looks at the folder."""
@@ -29,10 +28,7 @@ def progress(folder: Path, nbytes: int, shards: int) -> Generator[None]:
         nbytes: Bytes they will have.
         shards: How many there will be.
     """
-    pace = 0.2 if sys.stderr.isatty() else 10.0
-    bar = tqdm(
-        total=nbytes, desc="writing", unit="B", unit_scale=True, mininterval=pace, leave=False
-    )
+    bar = terminal.bar(nbytes, "writing", "B", unit_scale=True)
     stop = Event()
     threads = [
         Thread(target=_watch, args=(bar, folder, shards, stop), daemon=True),

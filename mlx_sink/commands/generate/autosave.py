@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,12 @@ from typing import Any
 
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import OutputError
+from mlx_sink.io import terminal
 from mlx_sink.stream.loop import Progress, Sampling, quiet
 from mlx_sink.stream.stream import GenerationResponse, Stream
 
 SAVE_EVERY = 1024
 """Tokens after which a session is saved, unless stated."""
-
-
-def warn(line: str) -> None:
-    """Say something that does not end the run."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +158,9 @@ class Runner:
             self.stream.save(self._file, self._note)
         except OutputError as error:
             self.failures += 1
-            warn(f"{error}; the one before is whole, and the next try is in {self._every} tokens")
+            terminal.warn(
+                f"{error}; the one before is whole, and the next try is in {self._every} tokens"
+            )
 
     def save(self) -> None:
         """Save now.

@@ -33,6 +33,7 @@ from mlx_sink.commands.options import (
 from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.io import terminal
+from mlx_sink.io.units import parse_bytes
 from mlx_sink.measure import budget
 from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
@@ -129,7 +130,7 @@ class _Run:
         self.bar: tqdm[Any] | None = None
 
     def _say(self, line: str) -> None:
-        print(f"session {str(self.file)!r}: {line}", file=sys.stderr, flush=True)
+        terminal.say(f"session {str(self.file)!r}: {line}")
 
     def _attach(self, context: int | None, own: Settings, saved: Described | None) -> Report:
         args = self.args
@@ -146,14 +147,14 @@ class _Run:
         config.check_context(context)
         if args.memory is None:
             return replace(attach(self.model, config), sources=sources)
-        limit, step = budget.parse_bytes(args.memory), args.prefill_step_size
+        limit, step = parse_bytes(args.memory), args.prefill_step_size
         if saved or window is not None:
             self.plan = budget.check(self.model, limit, config, step)
         else:
             self.plan = budget.plan(
                 self.model, limit, config, context=context, prefill_step_size=step
             )
-        print(self.plan, file=sys.stderr)
+        terminal.say(str(self.plan))
         if window is None and sources:
             sources["window"] = "--memory"
         return replace(self.plan.report, sources=sources)
@@ -201,8 +202,7 @@ class _Run:
     def _progress(self, done: int, total: int) -> None:
         """Show how far the prompt is read; short prompts need no bar."""
         if self.bar is None and total > self.args.prefill_step_size:
-            pace = 0.2 if sys.stderr.isatty() else 10.0
-            self.bar = tqdm(total=total, desc="reading", unit="tok", mininterval=pace, leave=False)
+            self.bar = terminal.bar(total, "reading", "tok")
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
             if done == total:
@@ -287,6 +287,6 @@ def _check(args: argparse.Namespace) -> None:
         **kv_settings(args),
     )
     if args.memory is not None:
-        budget.parse_bytes(args.memory)
+        parse_bytes(args.memory)
     follow.check(args)
     sampling.check(args)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from tqdm import tqdm
 
-from mlx_sink.commands.generate.autosave import Runner, warn
+from mlx_sink.commands.generate.autosave import Runner
 from mlx_sink.commands.generate.tail import LONGEST, Tail
 from mlx_sink.errors import ConfigError, SessionError, SinkError
+from mlx_sink.io import terminal
 from mlx_sink.stream.chat import Frame, render_again
 
 LONG = 1 << 18
@@ -76,7 +76,7 @@ class Follower:
         self._encode = cast("Callable[..., list[int]]", runner.stream.tokenizer.encode)
         saved = runner.place.get("follow")
         try:
-            self._tail = Tail(source, saved, warn)
+            self._tail = Tail(source, saved, terminal.warn)
             answering = saved is not None and bool(saved["answering"])
         except SinkError:
             raise
@@ -148,7 +148,7 @@ class Follower:
         self._waiting = []
         self._note_place()
         if self._runner.stream.position == 0:
-            warn("there is nothing to answer to yet")
+            terminal.warn("there is nothing to answer to yet")
             return
         self._runner.place["made"] = 0
         self._place["answering"] = True
@@ -165,12 +165,4 @@ class Follower:
 
 def _bar(backlog: int) -> tqdm[Any]:
     """Return a bar for what a file holds already; one that is not shown if that is little."""
-    return tqdm(
-        total=backlog,
-        desc="reading",
-        unit="B",
-        unit_scale=True,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        leave=False,
-        disable=backlog < LONG,
-    )
+    return terminal.bar(backlog, "reading", "B", unit_scale=True, disable=backlog < LONG)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlx_sink.io.units import format_bytes
 from mlx_sink.models.load import DEMO
-from mlx_sink.models.report import format_bytes
 from mlx_sink.models.settings import SECTION_SOURCE
 
 
