@@ -31,7 +31,7 @@ from tqdm import tqdm
 from mlx_sink import SinkConfig, SinkError, attach, load
 from mlx_sink.io.terminal import say
 from mlx_sink.measure.losses import chunk_losses, cut, recompute
-from mlx_sink.measure.machine import as_json, describe, machine
+from mlx_sink.measure.machine import as_json, machine
 from mlx_sink.measure.methods import QUANTISED, caches_of, config_of
 from mlx_sink.models.lazy import DTYPES
 
@@ -106,10 +106,14 @@ def measure(
 ) -> dict[str, Any]:
     """Run the arms and gather their figures in JSON-ready form."""
     facts = machine()
-    say(describe(facts))
+    say(str(facts))
     edges = bucket_edges(inputs.shape[1], args.edges)
     options = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    result: dict[str, Any] = {"machine": facts, "options": options, "streams": inputs.shape[0]}
+    result: dict[str, Any] = {
+        "machine": facts.to_dict(),
+        "options": options,
+        "streams": inputs.shape[0],
+    }
     result |= {"tokens": inputs.shape[1], "capacity": config.capacity, "arms": {}}
     losses: dict[str, np.ndarray] = {}
     sampled = np.arange(args.every - 1, inputs.shape[1], args.every)
