@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from folder import make_folder
 
-from mlx_sink.commands import options as cli
+from mlx_sink.commands import entry
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +26,8 @@ def run(
     argv: list[str], capsys: pytest.CaptureFixture[str], command: str = "generate"
 ) -> tuple[int, str, str]:
     """Run the command in this process and return its status, stdout and stderr."""
-    module = import_module(f"mlx_sink.{command}")
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: module.main(argv), module.PROG)
+        entry.run(command, argv)
     captured = capsys.readouterr()
     return int(left.value.code or 0), captured.out, captured.err
 
@@ -402,9 +399,8 @@ def refused(
     name: str, argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Expect one line that says what is wrong with a command."""
-    command = importlib.import_module(f"mlx_sink.{name}")
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: command.main(argv), command.PROG)
+        entry.run(name, argv)
     captured = capsys.readouterr()
     assert left.value.code == 2
     assert captured.out == ""

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.attention.dispatch import sink_attention
-from mlx_sink.cache.lending import lender_of
+from mlx_sink.cache.kv_sharing import lender_of
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.models.architectures import adapt
 

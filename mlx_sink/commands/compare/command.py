@@ -20,6 +20,7 @@ from mlx_sink.commands.compare import page
 from mlx_sink.commands.options import Parser, add_model_options, add_sink_options, program
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io import terminal
+from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
 from mlx_sink.measure import comparison_file, losses, methods, needles
@@ -30,7 +31,6 @@ from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
 from mlx_sink.models.lazy import weight_bytes
 from mlx_sink.models.load import load_unattached
-from mlx_sink.stream.chat import read_text
 from mlx_sink.stream.session import fingerprint
 
 PROG = program("compare")
@@ -112,12 +112,11 @@ def read_results(path: Path) -> Results:
     Raises:
         InputError: The file holds none, or none that this version can show.
     """
+    text = text_io.read(path, repr(str(path)))
     try:
-        values: object = json.loads(read_text(path, repr(str(path))))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{str(path)!r} is not JSON: {error}") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
-        raise InputError(f"{str(path)!r} holds no results of {PROG}") from None
+        values: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} is not JSON that can be read: {error}") from None
     try:
         return Results.from_dict(values)
     except InputError as error:
@@ -129,7 +128,7 @@ class _Run:
 
     def __init__(self, args: argparse.Namespace, argv: Sequence[str]):
         self.args = args
-        text = read_text(args.text, f"text file {args.text!r}")
+        text = text_io.read(args.text, f"text file {args.text!r}")
         options = {"adapter_path": args.adapter_path} if args.adapter_path else {}
         model, self.tokenizer, context, own = load_unattached(
             args.model, trust_remote_code=args.trust_remote_code, **options

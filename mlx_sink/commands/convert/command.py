@@ -18,9 +18,9 @@ from mlx_sink.commands.convert.quantize import PREDICATES, Recipe
 from mlx_sink.commands.options import Parser, program
 from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import terminal
+from mlx_sink.io import text as text_io
 from mlx_sink.io.units import format_bytes
 from mlx_sink.models.lazy import DTYPES, MODES
-from mlx_sink.stream.chat import read_text
 
 PROG = program("convert")
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = Text(sample_text(), SAMPLE)
         if args.calibrate:
             name = f"text file {args.calibrate!r}"
-            text = Text(read_text(args.calibrate, name), Path(args.calibrate).name)
+            text = Text(text_io.read(args.calibrate, name), Path(args.calibrate).name)
     names = ("quantize", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype")
     recipe = Recipe(**{name: getattr(args, name) for name in names})
     with contextlib.redirect_stdout(sys.stderr):
