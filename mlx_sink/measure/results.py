@@ -189,7 +189,7 @@ class Results:
             version = cast("dict[str, object]", values).get(VERSION_KEY)
         if version is None:
             raise InputError("it holds no results of a comparison")
-        if version != VERSION:
+        if version != VERSION or version is True:
             raise InputError(f"it is of version {version!r}: this one reads {VERSION}")
         results = records.from_dict(cls, values)
         results._check()
