@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_sink.io.units import short
-from mlx_sink.measure.losses import by_position, figures
+from mlx_sink.measure.losses import Mean, by_position
 from mlx_sink.measure.methods import NAMES, QUANTISED
 
 # A palette that people with any colour vision can tell apart (Okabe and Ito, 2008).
@@ -39,13 +40,13 @@ def bucket_edges(tokens: int, wanted: Sequence[int] | None) -> list[int]:
 
 def summary(losses: np.ndarray, positions: np.ndarray, edges: list[int]) -> dict[str, Any]:
     """Return mean loss and perplexity over all positions, by bucket, and finely for a plot."""
-    # A sampled arm has fewer losses, so fewer points keep it as steady as the others.
+    # A sampled method has fewer losses, so fewer points keep it as steady as the others.
     sampled = len(positions) > 1 and positions[1] - positions[0] > 1
-    points = 16 if sampled else 64
+    curve = curve_edges(edges[-1], 16 if sampled else 64)
     return {
-        **figures(losses),
-        "buckets": by_position(losses, positions, edges),
-        "curve": by_position(losses, positions, curve_edges(edges[-1], points)),
+        **asdict(Mean.of(losses)),
+        "buckets": [bucket.to_dict() for bucket in by_position(losses, positions, edges)],
+        "curve": [point.to_dict() for point in by_position(losses, positions, curve)],
     }
 
 
@@ -58,33 +59,28 @@ def same_tokens(ours: np.ndarray, oracle: np.ndarray) -> dict[str, Any]:
     """Compare ours with the oracle on exactly the same tokens."""
     if not ours.size:
         return {"count": 0}
-    a, b = figures(ours), figures(oracle)
-    return {
-        "count": ours.size,
-        "ours": a["perplexity"],
-        "recompute": b["perplexity"],
-        "ratio": a["perplexity"] / b["perplexity"],
-    }
+    a, b = Mean.of(ours).perplexity, Mean.of(oracle).perplexity
+    return {"count": ours.size, "ours": a, "recompute": b, "ratio": a / b}
 
 
 def table(result: dict[str, Any]) -> str:
     """Lay the perplexities out for people, one row for each bucket."""
-    arms = result["arms"]
+    methods = result["arms"]
     cells = {
-        name: {(b["from"], b["to"]): f"{b['perplexity']:.2f}" for b in arm["buckets"]}
-        for name, arm in arms.items()
+        name: {(b["from"], b["to"]): f"{b['perplexity']:.2f}" for b in method["buckets"]}
+        for name, method in methods.items()
     }
     spans = sorted({span for column in cells.values() for span in column})
-    widths = {name: max(len(NAMES[name]), 8) for name in arms}
+    widths = {name: max(len(NAMES[name]), 8) for name in methods}
     lines = [
         f"perplexity by position: {result['streams']} streams of {result['tokens']} tokens, "
         f"{result['capacity']} in the cache",
-        "  ".join([f"{'tokens':>12}", *(f"{NAMES[name]:>{widths[name]}}" for name in arms)]),
+        "  ".join([f"{'tokens':>12}", *(f"{NAMES[name]:>{widths[name]}}" for name in methods)]),
     ]
     for low, high in spans:
-        row = (f"{cells[name].get((low, high), '-'):>{widths[name]}}" for name in arms)
+        row = (f"{cells[name].get((low, high), '-'):>{widths[name]}}" for name in methods)
         lines.append("  ".join([f"{f'{short(low)}-{short(high)}':>12}", *row]))
-    row = (f"{arm['perplexity']:>{widths[name]}.2f}" for name, arm in arms.items())
+    row = (f"{method['perplexity']:>{widths[name]}.2f}" for name, method in methods.items())
     lines.append("  ".join([f"{'all':>12}", *row]))
     same = result.get("same_tokens")
     if same and same["count"]:
@@ -92,32 +88,34 @@ def table(result: dict[str, Any]) -> str:
             f"the same {same['count']} tokens, all past the first eviction: mlx_sink "
             f"{same['ours']:.4f}, recompute {same['recompute']:.4f}, ratio {same['ratio']:.4f}"
         )
-    lines += [against(arms[n], arms["ours"], n) for n in QUANTISED if n in arms and "ours" in arms]
+    if "ours" in methods:
+        lines += [against(methods[n], methods["ours"], n) for n in QUANTISED if n in methods]
     return "\n".join(lines)
 
 
-def against(arm: dict[str, Any], ours: dict[str, Any], name: str) -> str:
+def against(method: dict[str, Any], ours: dict[str, Any], name: str) -> str:
     """Say how much more loss a quantised ring has than a plain one, and how many bytes less."""
     more = [
         f"{short(b['from'])}-{short(b['to'])} {b['loss'] / a['loss'] - 1:+.3%}"
-        for a, b in zip(ours["buckets"], arm["buckets"], strict=True)
+        for a, b in zip(ours["buckets"], method["buckets"], strict=True)
     ]
-    size = f"{arm['cache_bytes']} bytes a stream, {arm['cache_bytes'] / ours['cache_bytes']:.1%}"
-    whole = f"loss {arm['loss'] / ours['loss'] - 1:+.3%} in all"
+    nbytes = method["cache_bytes"]
+    size = f"{nbytes} bytes a stream, {nbytes / ours['cache_bytes']:.1%}"
+    whole = f"loss {method['loss'] / ours['loss'] - 1:+.3%} in all"
     return f"{NAMES[name]} against mlx_sink: {size}; {whole}; {', '.join(more)}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw perplexity by position as a PNG, on a log scale if the arms lie far apart."""
+    """Draw perplexity by position as a PNG, on a log scale if the methods lie far apart."""
     # Only a run that is to be drawn needs matplotlib.
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    for name, arm in result["arms"].items():
-        middles = [(b["from"] + b["to"]) / 2 for b in arm["curve"]]
-        heights = [b["perplexity"] for b in arm["curve"]]
+    for name, method in result["arms"].items():
+        middles = [(b["from"] + b["to"]) / 2 for b in method["curve"]]
+        heights = [b["perplexity"] for b in method["curve"]]
         axes.plot(middles, heights, label=NAMES[name], **STYLES[name])
     axes.axvline(result["capacity"], color="#bbbbbb", linewidth=0.8, linestyle=":")
     low, high = axes.get_ylim()

@@ -30,15 +30,9 @@ from mlx_sink import SinkCache, SinkConfig, SinkError, attach
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.errors import ConfigError
 from mlx_sink.io.terminal import say
-from mlx_sink.measure.machine import (
-    DTYPES,
-    alternate,
-    as_json,
-    describe,
-    evaluate_caches,
-    machine,
-)
+from mlx_sink.measure.machine import alternate, as_json, evaluate_caches, machine
 from mlx_sink.measure.methods import rotating_caches
+from mlx_sink.models.lazy import DTYPES
 
 SECTIONS = ("position", "decode", "prefill", "reading", "bytes")
 EARLY = 2048
@@ -49,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the chosen sections and print their figures."""
     args = parse(argv)
     facts = machine()
-    say(describe(facts))
+    say(str(facts))
     shape = f"{args.layers} layers, hidden {args.hidden}, {args.heads}/{args.kv_heads} heads"
     say(f"random llama: {shape} of {args.head_dim}, vocabulary {args.vocab}, {args.dtype}")
     mx.random.seed(args.seed)
@@ -61,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "reading": bench_reading,
         "bytes": bench_bytes,
     }
-    result: dict[str, Any] = {"machine": facts, "options": vars(args)}
+    result: dict[str, Any] = {"machine": facts.to_dict(), "options": vars(args)}
     try:
         for name in args.sections:
             result[name] = sections[name](model, args)

@@ -4,12 +4,12 @@
         --num-sinks 4 --window 252 --plot loss.png
 
 The text is cut into streams that move in step as rows of a batch, each behind the tokenizer's
-BOS. Five arms read the same tokens: `full` (mlx-lm's growing cache), `rotating` (mlx-lm's
+BOS. Five methods read the same tokens: `full` (mlx-lm's growing cache), `rotating` (mlx-lm's
 `RotatingKVCache(max_size=capacity, keep=num_sinks)`, token by token as in decoding: its mask hides
 the sinks in larger chunks), `window` (ours without sinks, same capacity), `recompute` (the
 unmodified model on the visible tokens alone, from position 0, for every k-th token) and `ours`.
-A whole book: `--streams 1 --arms ours`. Two more arms, on demand, are ours with a quantised ring:
-`--arms ours bits8 bits4`.
+A whole book: `--streams 1 --arms ours`. Two more methods, on demand, are ours with a quantised
+ring: `--arms ours bits8 bits4`.
 
 On Linux, mlx's wheel brings a slow BLAS: preload a tuned one, as in
 `LD_PRELOAD=.../libopenblas.so.0 OPENBLAS_NUM_THREADS=2 python scripts/bench/eval_stream.py ...`.
@@ -31,14 +31,15 @@ from tqdm import tqdm
 from mlx_sink import SinkConfig, SinkError, attach, load
 from mlx_sink.io.terminal import say
 from mlx_sink.measure.losses import chunk_losses, cut, recompute
-from mlx_sink.measure.machine import DTYPES, as_json, describe, machine
+from mlx_sink.measure.machine import as_json, machine
 from mlx_sink.measure.methods import QUANTISED, caches_of, config_of
+from mlx_sink.models.lazy import DTYPES
 
-ARMS = ("full", "rotating", "window", "recompute", "ours")
+METHODS = ("full", "rotating", "window", "recompute", "ours")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure the chosen arms, print a table and write the files that were asked for."""
+    """Measure the chosen methods, print a table and write the files that were asked for."""
     args = parse(argv)
     try:
         config = SinkConfig(args.num_sinks, args.window, kv_group_size=args.kv_group_size)
@@ -74,12 +75,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--streams", type=int, default=1, help="streams that the text is cut into")
     add("--num-sinks", type=int, default=4, help="sinks, and mlx-lm's keep")
     add("--window", type=int, default=1024, help="window, own token included")
-    arms = [*ARMS, *QUANTISED]
-    add("--arms", nargs="+", choices=arms, default=list(ARMS), help="what to measure")
-    add("--kv-group-size", type=int, default=64, help="of the quantised arms")
+    names = [*METHODS, *QUANTISED]
+    add("--arms", nargs="+", choices=names, default=list(METHODS), help="what to measure")
+    add("--kv-group-size", type=int, default=64, help="of the quantised methods")
     add("--chunk", type=int, default=128, help="tokens fed at once")
-    add("--rotating-chunk", type=int, default=1, help="the same for the rotating arm")
-    add("--full-tokens", type=int, help="where the full arm stops: its cost grows with position")
+    add("--rotating-chunk", type=int, default=1, help="the same for RotatingKVCache")
+    add("--full-tokens", type=int, help="where full attention stops: its cost grows with position")
     add("--every", type=int, default=40, help="recompute every k-th token of a stream")
     add("--edges", type=int, nargs="+", help="ends of the position buckets; doubling if left out")
     add("--dtype", choices=DTYPES, help="type of weights and cache; the model's if left out")
@@ -103,12 +104,16 @@ def measure(
     targets: np.ndarray,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Run the arms and gather their figures in JSON-ready form."""
+    """Run the methods and gather their figures in JSON-ready form."""
     facts = machine()
-    say(describe(facts))
+    say(str(facts))
     edges = bucket_edges(inputs.shape[1], args.edges)
     options = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    result: dict[str, Any] = {"machine": facts, "options": options, "streams": inputs.shape[0]}
+    result: dict[str, Any] = {
+        "machine": facts.to_dict(),
+        "options": options,
+        "streams": inputs.shape[0],
+    }
     result |= {"tokens": inputs.shape[1], "capacity": config.capacity, "arms": {}}
     losses: dict[str, np.ndarray] = {}
     sampled = np.arange(args.every - 1, inputs.shape[1], args.every)
@@ -123,10 +128,10 @@ def measure(
             stop = args.full_tokens if name == "full" else None
             losses[name] = stream(model, config, name, inputs[:, :stop], targets[:, :stop], args)
             positions = np.arange(losses[name].shape[1])
-        arm: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2)}
+        method: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2)}
         if name in ("ours", "window", *QUANTISED):
-            arm["cache_bytes"] = attach(model, config_of(name, config)).nbytes
-        result["arms"][name] = arm | summary(losses[name], positions, edges)
+            method["cache_bytes"] = attach(model, config_of(name, config)).nbytes
+        result["arms"][name] = method | summary(losses[name], positions, edges)
     if {"ours", "recompute"} <= losses.keys():
         # Before anything is evicted the two do the same, which would flatter the ratio.
         late = sampled >= config.capacity
@@ -138,16 +143,16 @@ def measure(
 def stream(
     model: nn.Module,
     config: SinkConfig,
-    arm: str,
+    method: str,
     inputs: np.ndarray,
     targets: np.ndarray,
     args: argparse.Namespace,
 ) -> np.ndarray:
     """Return the loss of every token in nats, ``[streams, tokens]``, over one kind of cache."""
-    caches = caches_of(arm, model, config)
-    chunk = args.rotating_chunk if arm == "rotating" else args.chunk
+    caches = caches_of(method, model, config)
+    chunk = args.rotating_chunk if method == "rotating" else args.chunk
     losses = np.empty(inputs.shape, np.float32)
-    with tqdm(total=inputs.size, desc=arm, unit="tok", unit_scale=True) as progress:
+    with tqdm(total=inputs.size, desc=method, unit="tok", unit_scale=True) as progress:
         for i, part in chunk_losses(model, caches, inputs, targets, chunk):
             losses[:, i : i + part.shape[1]] = part
             progress.update(part.size)

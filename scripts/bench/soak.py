@@ -33,7 +33,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import mlx_sink
 from mlx_sink import SinkConfig, SinkError, Stream, attach
 from mlx_sink.io.terminal import say
-from mlx_sink.measure.machine import as_json, describe, machine
+from mlx_sink.measure.machine import as_json, machine
 
 SINKS = 4
 COLUMNS = {
@@ -58,7 +58,7 @@ SAMPLED: dict[str, Any] = {
 def main(argv: list[str] | None = None) -> int:
     """Run, or go on, and print the table."""
     args = parse(argv)
-    say(describe(machine()))
+    say(str(machine()))
     try:
         soak = Soak(args)
         while soak.stream.position - soak.began < args.tokens:
