@@ -7,18 +7,16 @@
         print(response.text, end="", flush=True)
 
 The names below are imported when first used: ``import mlx_sink`` itself loads no model code.
+`mlx_sink.budget` is the module `mlx_sink.measure.budget`: the largest window that fits.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_sink.attach import attach, detach
-    from mlx_sink.cache import SinkCache
+    from mlx_sink.cache.sink_cache import SinkCache
     from mlx_sink.config import SinkConfig
     from mlx_sink.errors import (
         CacheError,
@@ -31,10 +29,12 @@ if TYPE_CHECKING:
         SinkError,
         UnsupportedModelError,
     )
-    from mlx_sink.functions import generate, stream_generate
-    from mlx_sink.load import load
-    from mlx_sink.report import LayerReport, Report
-    from mlx_sink.stream import Stream
+    from mlx_sink.measure import budget as budget
+    from mlx_sink.models.attach import attach, detach
+    from mlx_sink.models.load import load
+    from mlx_sink.models.report import LayerReport, Report
+    from mlx_sink.stream.api import generate, stream_generate
+    from mlx_sink.stream.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -61,9 +61,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attach": "attach",
-    "detach": "attach",
-    "SinkCache": "cache",
+    "attach": "models.attach",
+    "detach": "models.attach",
+    "SinkCache": "cache.sink_cache",
     "SinkConfig": "config",
     "CacheError": "errors",
     "ConfigError": "errors",
@@ -74,35 +74,28 @@ _HOMES = {
     "SessionError": "errors",
     "SinkError": "errors",
     "UnsupportedModelError": "errors",
-    "Stream": "stream",
-    "generate": "functions",
-    "stream_generate": "functions",
-    "load": "load",
-    "LayerReport": "report",
-    "Report": "report",
+    "Stream": "stream.stream",
+    "generate": "stream.api",
+    "stream_generate": "stream.api",
+    "load": "models.load",
+    "LayerReport": "models.report",
+    "Report": "models.report",
 }
 
+_MODULES = {"budget": "measure.budget"}
+"""Modules that are used as attributes: ``mlx_sink.budget.plan(...)``."""
 
-class _Package(ModuleType):
-    """The package, in which ``attach``, ``load`` and ``generate`` name the functions.
 
-    Importing a submodule binds its name in the package; where a function has that name, the
-    function stays. The submodules are imported as ``from mlx_sink.attach import ...``.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'mlx_sink' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = import_module(f"mlx_sink.{_MODULES[name]}")
+    elif name in _HOMES:
         value = getattr(import_module(f"mlx_sink.{_HOMES[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *_HOMES})
+    else:
+        raise AttributeError(f"module 'mlx_sink' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_MODULES})

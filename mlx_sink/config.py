@@ -17,6 +17,9 @@ The error of a float32 RoPE angle grows with the position: up to here it moves a
 than 1e-4, at 32,768 by 5e-4.
 """
 
+PREFILL_STEP = 2048
+"""Tokens of a prompt that are read in one call unless stated, as in mlx-lm."""
+
 NUM_DRAFT_TOKENS = 3
 """Tokens that a draft model guesses at once unless stated, as in mlx-lm's command."""
 

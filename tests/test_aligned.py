@@ -21,10 +21,10 @@ from test_attention import BASE, Heads, Stream, brute_force, softmax
 from tiny import cut, distance, every, mixed, visible
 
 from mlx_sink import CacheError, SinkConfig, attach, detach
-from mlx_sink.aligned import AlignedCache, AlignedRope, Rows, is_doubled, whole
-from mlx_sink.ring import Turn, layout_of
-from mlx_sink.rope import Rotation
-from mlx_sink.trace import rope_call
+from mlx_sink.attention.ring import Turn, layout_of
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache.aligned import AlignedCache, AlignedRope, Rows, is_doubled, whole
+from mlx_sink.models.trace import rope_call
 
 N = 60
 CONFIG = SinkConfig(3, 7, epoch=12)

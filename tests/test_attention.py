@@ -17,11 +17,11 @@ import pytest
 from tiny import cut, distance, every, mixed, visible
 
 from mlx_sink import SinkConfig
-from mlx_sink.attention import sink_attention
-from mlx_sink.cache import SinkCache
-from mlx_sink.ring import Ring, blocks_of, layout_of
-from mlx_sink.rope import Rotation
-from mlx_sink.trace import rope_call
+from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.ring import Ring, blocks_of, layout_of
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.models.trace import rope_call
 
 BASE = 100.0
 """Small, so that even the slowest pair turns visibly within a small window."""

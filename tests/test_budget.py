@@ -14,10 +14,12 @@ from folder import make_folder
 from mlx.utils import tree_flatten
 from tiny import VOCABULARY, build
 
-from mlx_sink import ConfigError, SinkConfig, attach, budget
-from mlx_sink.attach import make_cache
-from mlx_sink.budget import parse_bytes, plan
-from mlx_sink.loop import Loop, Sampling
+from mlx_sink import ConfigError, SinkConfig, attach
+from mlx_sink.io.units import parse_bytes
+from mlx_sink.measure import budget
+from mlx_sink.measure.budget import plan
+from mlx_sink.models.attach import make_cache
+from mlx_sink.stream.loop import Loop, Sampling
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_the_recommendation_is_read_where_there_is_metal(monkeypatch: pytest.Mon
 
 
 def test_the_plan_shows_layers_and_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from mlx_sink.generate import main
+    from mlx_sink.commands.generate.command import main
 
     folder = make_folder(tmp_path / "m")
     argv = ["--model", str(folder), "-p", "the cat", "-m", "2", "--memory", "4MB", "--json"]

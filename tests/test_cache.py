@@ -10,9 +10,9 @@ import pytest
 from tiny import build, every, mixed, random_tokens, run
 
 from mlx_sink import CacheError, SinkConfig, attach
-from mlx_sink.cache import SinkCache
-from mlx_sink.rope import Rotation
-from mlx_sink.storage import GROWTH
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.cache.storage import GROWTH
 
 CONFIG = SinkConfig(2, 5, epoch=9)
 

@@ -20,10 +20,10 @@ from test_every import feed
 from tiny import TOLERANCE, cut, every, mixed, random_tokens
 
 from mlx_sink import SinkConfig, attach
-from mlx_sink.attention import sink_attention
-from mlx_sink.cache import SinkCache
-from mlx_sink.reference import visible
-from mlx_sink.ring import Layout, Ring, Turn, blocks_of, layout_of
+from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.reference import visible
+from mlx_sink.attention.ring import Layout, Ring, Turn, blocks_of, layout_of
+from mlx_sink.cache.sink_cache import SinkCache
 
 CUTS: dict[str, Callable[[], Iterable[int]]] = {
     "steps": lambda: every(1),

@@ -28,9 +28,9 @@ from tiny import (
 )
 
 from mlx_sink import SinkConfig, attach
-from mlx_sink.architectures import VERIFIED
+from mlx_sink.attention.ring import blocks_of, layout_of
 from mlx_sink.config import DEFAULT_EPOCH
-from mlx_sink.ring import blocks_of, layout_of
+from mlx_sink.models.architectures import VERIFIED
 
 S, W, E = 3, 10, 17
 CONFIG = SinkConfig(S, W, epoch=E)

@@ -21,10 +21,13 @@ from folder import CHAT_TEMPLATE, make_folder
 from mlx_lm.convert import convert as mlx_lm_convert
 
 import mlx_sink
-from mlx_sink import OutputError, SinkConfig, UnsupportedModelError, atomic, checkpoint, writing
-from mlx_sink.convert import PROG, Recipe, Text, convert, main
+from mlx_sink import OutputError, SinkConfig, UnsupportedModelError
+from mlx_sink.commands.convert import progress as writing
+from mlx_sink.commands.convert.command import PROG, main
+from mlx_sink.commands.convert.convert import Recipe, Text, convert
+from mlx_sink.io import atomic
+from mlx_sink.models import checkpoint
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 WORDS = "the cat and the dog went to the sea and the cat sat down. "
 
 
@@ -278,7 +281,7 @@ def test_the_sample_text_is_the_default(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    module = sys.modules["mlx_sink.convert"]
+    module = sys.modules["mlx_sink.commands.convert.convert"]
     monkeypatch.setattr(module, "sample_text", lambda: WORDS * 20)
     argv = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "made"), "--calibrate"]
     assert main(argv) == 0
@@ -397,9 +400,8 @@ def test_a_name_taken_meanwhile_is_not_overwritten(tmp_path: Path):
     assert (target / "b").read_text() == "old"
 
 
-def test_killed_at_any_moment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_killed_at_any_moment(capsys: pytest.CaptureFixture[str]):
     """A few of the kills of the script, which is run by hand for many."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     import kill_conversions
 
     assert kill_conversions.main(["--kills", "3", "--megabytes", "1"]) == 0

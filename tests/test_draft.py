@@ -18,12 +18,12 @@ from tiny import TOLERANCE, build
 
 import mlx_sink
 from mlx_sink import CacheError, ConfigError, InputError, SinkConfig, Stream, attach
-from mlx_sink.attach import make_cache
-from mlx_sink.choice import Sampling
-from mlx_sink.draft import Draft
-from mlx_sink.generate import main
-from mlx_sink.load import load_draft
-from mlx_sink.loop import Loop, Made
+from mlx_sink.commands.generate.command import main
+from mlx_sink.models.attach import make_cache
+from mlx_sink.models.load import load_draft
+from mlx_sink.stream.loop import Loop, Made
+from mlx_sink.stream.sampler import Sampling
+from mlx_sink.stream.speculative import Draft
 
 S, W, E = 2, 7, 17
 CAPACITY = S + W

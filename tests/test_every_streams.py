@@ -11,8 +11,10 @@ import pytest
 from every import tiny
 from mlx_lm.generate import generate_step
 
-from mlx_sink import CacheError, SessionError, SinkConfig, attach, session, store
-from mlx_sink.loop import Loop, Sampling
+from mlx_sink import CacheError, SessionError, SinkConfig, attach
+from mlx_sink.io import tensors as store
+from mlx_sink.stream import session
+from mlx_sink.stream.loop import Loop, Sampling
 
 KINDS = {
     "deepseek_v3": "latent keys",

@@ -10,8 +10,8 @@ from folder import make_folder
 from mlx_lm import utils
 
 from mlx_sink import ModelError
-from mlx_sink.load import DEMO, find, find_config
-from mlx_sink.plan import main
+from mlx_sink.commands.plan import main
+from mlx_sink.models.load import DEMO, find, find_config
 
 REPOSITORIES = ["gpt2", "me/model", "me/model-1.5_b", "2ndrepo"]
 NO_NAMES = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ from folder import make_folder
 from test_session import forged, places
 
 import mlx_sink
-from mlx_sink import SinkConfig, SinkError, Stream, cli, store
-from mlx_sink.load import Loaded, load_unattached
-from mlx_sink.tail import Tail
-
-command: Any = import_module("mlx_sink.generate")
+from mlx_sink import SinkConfig, SinkError, Stream
+from mlx_sink.commands.generate import command
+from mlx_sink.commands.generate.tail import Tail
+from mlx_sink.io import tensors as store
+from mlx_sink.io import terminal
+from mlx_sink.models.load import Loaded, load_unattached
 
 VALUES: list[Any] = [
     None, True, -1, 0, 3, 1.5, 1 << 80, float("nan"), "x", "\ud800", [], [1], ["x"], {}, {"a": 1},
@@ -137,7 +137,7 @@ def test_a_followed_file(
     run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The place in the file, and an answer under way."""
-    monkeypatch.setattr(cli, "Interrupt", Asked)
+    monkeypatch.setattr(terminal, "Interrupt", Asked)
     monkeypatch.setattr(Tail, "wait", lambda _: setattr(Asked, "left", 0))
     log, good, bad = tmp_path / "log", tmp_path / "good", tmp_path / "bad"
     log.write_text("the cat\n@\nthe dog\n@\n")

@@ -16,12 +16,12 @@ import pytest
 from mlx_lm.models import base
 
 from mlx_sink import CacheError, SinkConfig
-from mlx_sink import hook as seam
-from mlx_sink.attention import sink_attention
-from mlx_sink.cache import SinkCache
-from mlx_sink.lending import _lenders, lender_of, note
-from mlx_sink.rope import Rotation
-from mlx_sink.trace import rope_call
+from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache.kv_sharing import _lenders, lender_of, note
+from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.models import hook as seam
+from mlx_sink.models.trace import rope_call
 
 CONFIG = SinkConfig(2, 5, epoch=9)
 ROPE = nn.RoPE(8, base=50.0)

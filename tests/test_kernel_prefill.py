@@ -1,29 +1,30 @@
 """The prefill kernel's text, run on the CPU, against float64.
 
 Every case runs under the runner's checks, and every launch's fragment products are held against
-the count that `scripts/count_prefill.py` makes from the tables.
+the count that `scripts/bench/count_prefill.py` makes from the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import host_metal
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkout import ROOT
 from decode_case import Arrays, Case, arrays, error, ring_at
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_kernel_decode import TOLERANCES, view_of
 
+from mlx_sink.attention.kernels import prefill as kernel
+from mlx_sink.attention.kernels import source
+from mlx_sink.attention.kernels.tables import PrefillTables, prefill_tables
+from mlx_sink.attention.ring import Layout, Ring, Run, layout_of
+from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import prefill as kernel
-from mlx_sink.kernels import source
-from mlx_sink.ring import Layout, Ring, Run, layout_of
-from mlx_sink.rope import Rotation
 
 DTYPES = list(TOLERANCES)
 W = 30
@@ -36,10 +37,9 @@ SWITCH = (ring_at(4, 90, 215, epoch=100),)
 
 @pytest.fixture(autouse=True, scope="module")
 def on_the_host() -> Iterator[None]:
-    """Build the kernel with the runner in the place of MLX; count as the script does."""
+    """Build the kernel with the runner in the place of MLX."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx.fast, "metal_kernel", host_metal.metal_kernel)
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
         kernel.forget()
         yield
     kernel.forget()
@@ -54,8 +54,8 @@ def tile(case: Case) -> kernel.Tile:
 def prepared(case: Case) -> Arrays:
     size = tile(case).queries
 
-    def make(layout: Layout, rotation: Rotation) -> kernel.Tables:
-        return kernel.tables_of(layout, layout.ring.tokens, layout.end, rotation, size)
+    def make(layout: Layout, rotation: Rotation) -> PrefillTables:
+        return prefill_tables(layout, layout.ring.tokens, layout.end, rotation, size)
 
     return arrays(case, make)
 
@@ -204,7 +204,6 @@ def cases(draw: st.DrawFn) -> Case:
     return kind(rings, head_dim=16, n_kv=1, group=draw(st.integers(1, 2)), n=n, seed=seed)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_any_ring(case: Case):
     check(case)
@@ -286,7 +285,7 @@ def test_the_script_prints_its_table(capsys: pytest.CaptureFixture[str]):
     assert count_prefill.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(count_prefill.SHAPES)
-    docs = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    docs = (ROOT / "docs" / "kernels.md").read_text()
     assert all(line in docs for line in lines), "docs/kernels.md holds another table"
 
 
@@ -325,7 +324,7 @@ def test_tables_for_other_tiles_are_refused():
     case = Case(SWITCH, n=20)
     a = prepared(case)
     layout = case.layouts[0]
-    other = kernel.tables_of(layout, layout.ring.tokens, layout.end, case.rotation, 16)
+    other = prefill_tables(layout, layout.ring.tokens, layout.end, case.rotation, 16)
     with pytest.raises(KernelError, match="tables must be for tiles of 32 queries, got 16"):
         run(case, replace(a, tables=other))
     wide = mx.zeros((1, 4, 20, 1024))
@@ -337,7 +336,7 @@ def test_too_many_ranges_are_refused():
     layout = layout_of(Ring(0, 20, 60, 40), 12)
     runs = tuple(Run(2 * token, token, 1) for token in range(20, 52))
     with pytest.raises(KernelError, match="at most 8 ranges, got 31"):
-        kernel.tables_of(replace(layout, runs=runs), 40, 52, Rotation([]), 32)
+        prefill_tables(replace(layout, runs=runs), 40, 52, Rotation([]), 32)
 
 
 def test_tables_are_made_once_a_step():
@@ -345,7 +344,7 @@ def test_tables_are_made_once_a_step():
     case = Case(SWITCH, n=20)
     layout, rotation = case.layouts[0], case.rotation
     asked = (layout, layout.ring.tokens, layout.end, rotation, 32)
-    assert kernel.tables_of(*asked) is kernel.tables_of(*asked)
+    assert prefill_tables(*asked) is prefill_tables(*asked)
 
 
 def test_text_is_plain():

@@ -23,7 +23,7 @@ from test_attach import refusal
 from tiny import TOLERANCE, build, cut, every, mixed, recompute
 
 from mlx_sink import SinkConfig, attach
-from mlx_sink.hook import HOOKED, MARK
+from mlx_sink.models.hook import HOOKED, MARK
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 DEFAULT = SinkConfig(3, 10)
@@ -61,6 +61,12 @@ def test_what_keeps_the_contract_is_accepted(kind: type[Attention]):
 @pytest.mark.parametrize("kind", BREAKS, ids=lambda kind: kind.__name__)
 def test_what_breaks_it_is_refused(kind: type[Attention]):
     assert refusal(Model(kind), DEFAULT).startswith(f"made_up is not supported: {BREAKS[kind]}")
+
+
+def test_a_reason_does_not_depend_on_the_sinks():
+    """What a model does with its caches is seen alike under every configuration."""
+    kind = made_up_broken.AsksWindow
+    assert refusal(Model(kind), SinkConfig(0, 10)) == refusal(Model(kind), CONFIG)
 
 
 @pytest.mark.parametrize(

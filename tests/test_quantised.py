@@ -17,12 +17,13 @@ from tiny import TOLERANCE, build, cut, every, mixed, random_tokens, run
 
 import mlx_sink
 from mlx_sink import CacheError, SessionError, SinkConfig, Stream, UnsupportedModelError, attach
-from mlx_sink.attach import make_cache
-from mlx_sink.attention import sink_attention
-from mlx_sink.cache import SinkCache
-from mlx_sink.ring import layout_of
-from mlx_sink.rope import Rotation
-from mlx_sink.storage import GROWTH, Packed, Plain, Quantised, packed
+from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.packed import Packed, packed
+from mlx_sink.attention.ring import layout_of
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.cache.storage import GROWTH, Plain, Quantised
+from mlx_sink.models.attach import make_cache
 
 S, W, R, E = 3, 10, 2, 17
 SIZE = 32

@@ -9,8 +9,9 @@ from every import tiny
 from test_every import feed, tokens_of
 
 from mlx_sink import SinkConfig, attach
-from mlx_sink.group import leaves
-from mlx_sink.report import LayerReport, Report, _ranges, format_bytes
+from mlx_sink.cache.group import leaves
+from mlx_sink.io.units import format_bytes
+from mlx_sink.models.report import LayerReport, Report, _ranges
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 

@@ -14,7 +14,7 @@ import pytest
 from tiny import distance, visible
 
 from mlx_sink import CacheError, SinkConfig
-from mlx_sink.ring import Block, Layout, Ring, Run, Turn, blocks_of, layout_of
+from mlx_sink.attention.ring import Block, Layout, Ring, Run, Turn, blocks_of, layout_of
 
 SIZES = list(product(range(5), range(1, 7)))
 

@@ -14,9 +14,9 @@ from tiny import TOLERANCE, build, every, mixed, random_tokens, run
 
 import mlx_sink
 from mlx_sink import CacheError, SinkCache, SinkConfig, Stream, UnsupportedModelError, attach
-from mlx_sink.attach import make_cache
-from mlx_sink.choice import Sampling
-from mlx_sink.loop import Loop
+from mlx_sink.models.attach import make_cache
+from mlx_sink.stream.loop import Loop
+from mlx_sink.stream.sampler import Sampling
 
 S, W, R, E = 3, 10, 4, 18
 CONFIG = SinkConfig(S, W, epoch=E, rollback=R)

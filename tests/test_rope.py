@@ -22,8 +22,8 @@ from mlx_lm.models.rope_utils import (
 from mlx_lm.models.smollm3 import NoPE
 
 from mlx_sink import UnsupportedModelError
-from mlx_sink.rope import Rotation
-from mlx_sink.trace import rope_call
+from mlx_sink.attention.rope import Rotation
+from mlx_sink.models.trace import rope_call
 
 HEAD_DIM = 16
 EPOCH = 32768

@@ -13,8 +13,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_sink
 from mlx_sink import CacheError, InputError, SinkConfig, Stream
-from mlx_sink.attach import make_cache
-from mlx_sink.text import StopStrings, Text
+from mlx_sink.models.attach import make_cache
+from mlx_sink.stream.text import StopStrings, Text
 
 CONFIG = SinkConfig(num_sinks=4, window=20, epoch=32)
 SAMPLER = make_sampler(0.9, top_p=0.95)

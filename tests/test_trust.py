@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from transformers import dynamic_module_utils
 
 import mlx_sink
 from mlx_sink import ModelError, SinkConfig
-from mlx_sink.load import load_draft
+from mlx_sink.commands import entry
+from mlx_sink.models.load import load_draft
 
 CODE = """
 from transformers import PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ def arguments(name: str, model: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize("name", ["generate", "draft", "compare", "convert"])
 def test_commands(name: str, folder: Path, tmp_path: Path):
     """Without it they refuse in one line, and nobody is asked on the terminal."""
-    command: Any = import_module(f"mlx_sink.{'generate' if name == 'draft' else name}")
+    command: Any = entry.command("generate" if name == "draft" else name)
     argv = arguments(name, folder, tmp_path)
     with pytest.raises(ModelError, match=r"custom code.*\(--trust-remote-code"):
         command.main(argv)

@@ -17,8 +17,8 @@ import torch
 import transformers
 
 import mlx_sink
-from mlx_sink.calibration_files import SAMPLE, sample_text
-from mlx_sink.convert import Text, convert
+from mlx_sink.commands.convert.card import SAMPLE, sample_text
+from mlx_sink.commands.convert.convert import Text, convert
 
 DATA = os.environ.get("MLX_SINK_DATA")
 pytestmark = pytest.mark.skipif(

@@ -24,8 +24,8 @@ from tiny import cut, mixed, visible
 
 import mlx_sink
 from mlx_sink import SinkConfig
-from mlx_sink.convert import convert
-from mlx_sink.recipe import Recipe
+from mlx_sink.commands.convert.convert import convert
+from mlx_sink.commands.convert.quantize import Recipe
 
 attach_module = sys.modules["mlx_sink.attach"]
 

@@ -1,0 +1,1 @@
+"""Command lines: one line of text from a person to the packages below, and back."""

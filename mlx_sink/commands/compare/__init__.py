@@ -1,0 +1,1 @@
+"""`compare`: methods side by side on one text."""

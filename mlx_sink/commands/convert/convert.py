@@ -1,0 +1,210 @@
+"""From a Hugging Face checkpoint to a folder that streams.
+
+The conversion is mlx-lm's own, and so is the folder: plain mlx-lm loads it. What is added are
+checks before anything is written, a folder that appears when it is complete, and a calibration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import mlx.nn as nn
+from mlx_lm import utils as mlx_lm_utils
+
+from mlx_sink.commands.convert import progress as writing
+from mlx_sink.commands.convert.card import write_calibration
+from mlx_sink.commands.convert.quantize import Recipe, rewritten
+from mlx_sink.errors import OutputError, one_line
+from mlx_sink.io import atomic, terminal
+from mlx_sink.io.units import format_bytes
+from mlx_sink.measure.calibrate import Calibration, calibrate, read
+from mlx_sink.models import checkpoint, settings
+from mlx_sink.models.attach import attach, detach
+from mlx_sink.models.checkpoint import Checkpoint
+from mlx_sink.models.lazy import parameters, weight_bytes
+from mlx_sink.models.load import by_mlx_lm, find, is_remote, load_unattached
+from mlx_sink.models.report import Report
+from mlx_sink.models.settings import Settings
+
+_utils = cast("Any", mlx_lm_utils)
+
+
+class Text(NamedTuple):
+    """A text to measure a model on.
+
+    Attributes:
+        text: The text itself.
+        name: What it is, in words, for SINK.md.
+    """
+
+    text: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a conversion made.
+
+    Attributes:
+        path: The new folder.
+        nbytes: Bytes of its weights.
+        shards: Its weight files.
+        seconds: Time it took, calibration included.
+        report: What the model gets when it is loaded, and where its settings come from.
+        calibration: What was measured, if it was asked for.
+    """
+
+    path: Path
+    nbytes: int
+    shards: int
+    seconds: float
+    report: Report
+    calibration: Calibration | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a JSON-ready dictionary."""
+        return {
+            "path": str(self.path),
+            "bytes": self.nbytes,
+            "shards": self.shards,
+            "seconds": round(self.seconds, 3),
+            "report": self.report.to_dict(),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
+        }
+
+
+def convert(
+    hf_path: str | Path,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    recipe: Recipe | None = None,
+    calibrate_on: Text | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Converted:
+    """Convert a checkpoint to a folder that mlx-lm and mlx_sink load.
+
+    Args:
+        hf_path: A folder, or a repository on the Hugging Face hub.
+        mlx_path: The folder to be made. It appears when it is complete; until then the work lies
+            beside it, hidden, and the next conversion removes what a killed one left.
+        recipe: How to write the weights; as they are by default.
+        calibrate_on: A text to measure the model on, so that its own ``num_sinks`` and ``window``
+            are written to config.json, and SINK.md beside it; see `mlx_sink.calibrate`.
+        revision: Branch, tag or commit of the repository.
+        trust_remote_code: Run code that comes with the model or its tokenizer.
+
+    Returns:
+        What was made.
+
+    Raises:
+        ModelError: The checkpoint cannot be found, is damaged, or is not of safetensors files.
+        UnsupportedModelError: The contract cannot be kept for this model.
+        ConfigError: The recipe does not fit the model.
+        OutputError: The folder exists or cannot be written.
+    """
+    start = time.perf_counter()
+    target, recipe = _target(Path(mlx_path)), recipe or Recipe()
+    source = checkpoint.check(find(str(hf_path), revision))
+    # Lazily: shapes and types are known, no weight is read yet.
+    model, tokenizer, config = by_mlx_lm(
+        str(hf_path),
+        source.path,
+        lazy=True,
+        model_config=checkpoint.for_mlx_lm(source.config),
+        trust_remote_code=trust_remote_code,
+    )
+    own = Settings.of(config)
+    context = checkpoint.trained_context(config)
+    report = _report(model, own, context)
+    model, config = rewritten(model, config, recipe)
+    if calibrate_on is not None:
+        read(tokenizer, calibrate_on.text)  # a text that is too short is better refused now
+    nbytes = weight_bytes(model)
+    shards = len(_utils.make_shards(dict(parameters(model))))
+    _check_room(target, nbytes, source)
+    calibration = None
+    try:
+        with atomic.whole_folder(target) as folder:
+            with writing.progress(folder, nbytes, shards):
+                _save(folder, source, model, tokenizer, config)
+            del model
+            if is_remote(str(hf_path)):
+                _write_card(folder, str(hf_path))
+            checkpoint.check(folder)
+            if calibrate_on is not None:
+                calibration, report = _calibrated(folder, calibrate_on, trust_remote_code)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise OutputError(f"cannot write {str(target)!r}: {reason}") from None
+    seconds = time.perf_counter() - start
+    return Converted(target, nbytes, shards, seconds, report, calibration)
+
+
+def _target(path: Path) -> Path:
+    """Check where the folder is to go, and remove what a killed conversion left there."""
+    path = path.expanduser()
+    if os.path.lexists(path):
+        raise OutputError(f"{str(path)!r} exists: remove it, or name another --mlx-path")
+    if not path.name or not path.parent.is_dir():
+        raise OutputError(f"{str(path)!r} cannot be made: there is no folder {str(path.parent)!r}")
+    atomic.clean(path)
+    return path
+
+
+def _report(model: nn.Module, own: Settings, context: int | None) -> Report:
+    """Make sure that the model will stream before anything is written."""
+    config, sources = settings.apply(own, context)
+    report = replace(attach(model, config), sources=sources)
+    detach(model)
+    return report
+
+
+def _check_room(target: Path, nbytes: int, source: Checkpoint) -> None:
+    """Say how large the folder will be, and raise if it does not fit on the disk."""
+    others = sum(
+        file.stat().st_size
+        for file in source.path.iterdir()
+        if file.is_file() and file.name not in source.shards and file.suffix != ".bin"
+    )
+    needed, free = nbytes + others, shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise OutputError(
+            f"{str(target)!r} needs {format_bytes(needed)}, and its disk has "
+            f"{format_bytes(free)} free: make room, or name another --mlx-path"
+        )
+    terminal.say(
+        f"writing {format_bytes(nbytes)} of weights to {target} ({format_bytes(free)} free)"
+    )
+
+
+def _save(
+    folder: Path, source: Checkpoint, model: nn.Module, tokenizer: Any, config: dict[str, Any]
+) -> None:
+    try:
+        _utils.save(folder, str(source.path), model, tokenizer, config)
+    except RuntimeError as error:
+        # What MLX raises when it cannot write.
+        raise OSError(None, one_line(error)) from None
+
+
+def _write_card(folder: Path, name: str) -> None:
+    """Give a model from the hub the card that mlx-lm would, so that its licence goes along."""
+    try:
+        _utils.create_model_card(folder, name)
+    except Exception as error:  # whatever the hub or the network raises; a card can wait
+        terminal.say(f"the model card was not copied: {one_line(error)}")
+
+
+def _calibrated(folder: Path, on: Text, trust: bool) -> tuple[Calibration, Report]:
+    """Measure the model as it was written, and write down what was found."""
+    loaded = load_unattached(folder, trust_remote_code=trust)
+    found = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
+    for message in write_calibration(folder, found, on.name):
+        terminal.say(message)
+    return found, _report(loaded.model, found.settings, loaded.context)

@@ -1,0 +1,1 @@
+"""`generate`: read a text of any length, stream text for ever."""

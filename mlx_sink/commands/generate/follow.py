@@ -1,0 +1,182 @@
+"""Read what is appended to a file or a pipe, answer where it says so, and read on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from mlx_sink.commands.generate.autosave import Runner
+from mlx_sink.commands.generate.tail import LONGEST, MARK, Tail
+from mlx_sink.errors import ConfigError, SessionError
+from mlx_sink.io import terminal
+from mlx_sink.stream.chat import Frame, render_again
+from mlx_sink.stream.session import natural
+
+LONG = 1 << 18
+"""Bytes of a file that take a while to read: from here on a bar is shown."""
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Add the options to a parser."""
+    p.add_argument(
+        "--follow",
+        metavar="FILE",
+        help="read a file line by line and what is appended to it later, or standard input "
+        "('-'), until Ctrl-C; --prompt is then the question",
+    )
+    p.add_argument("--marker", metavar="LINE", help="with --follow: the line to answer at")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise for options that do not go together.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if args.follow is None:
+        if args.marker is not None:
+            raise ConfigError("--marker needs --follow")
+        return
+    marker = args.marker
+    if marker is None:
+        raise ConfigError("--follow needs --marker LINE: the line at which to answer")
+    if not marker.strip() or "\n" in marker or len(marker.encode()) > LONGEST // 2:
+        raise ConfigError(f"--marker must be one short line that is not blank, got {marker!r}")
+    if args.prompt_file is not None or args.prompt == "-" or args.prefill_response is not None:
+        raise ConfigError("with --follow, the question is stated by --prompt TEXT")
+    if args.max_tokens < 0 and args.ignore_eos:
+        raise ConfigError("with --follow, an answer must end: leave --ignore-eos or -m -1 out")
+
+
+def check_place(place: Any) -> None:
+    """Check what a session says of the place in the followed file.
+
+    Raises:
+        ValueError: It is not what `Follower` notes. Other errors come from values of other types.
+    """
+    known = {"offset", "mark", "head", "answering"}
+    if not known - {"head"} <= place.keys() <= known or type(place["answering"]) is not bool:
+        raise ValueError(place)
+    mark, head = (bytes.fromhex(place.get(name, "")) for name in ("mark", "head"))
+    if max(len(mark), len(head)) > MARK or len(mark) > natural(place["offset"]):
+        raise ValueError(place)
+
+
+class Follower:
+    """One run: lines in, answers out, at any length in constant memory.
+
+    Every line is encoded by itself, so that the result does not depend on when it came.
+
+    Args:
+        runner: Reads, answers and saves. Its place keeps ours, so a session goes on in the
+            middle of a file, and in the middle of an answer.
+        source: As in `Tail`.
+        marker: The line to answer at, spaces around it aside. It is not read itself.
+        around: What the chat template writes around each turn.
+        question: What is asked at each marker, after all that was read.
+
+    Raises:
+        InputError: The file cannot be read.
+        SessionError: The saved place is not one of ours.
+    """
+
+    def __init__(
+        self, runner: Runner, source: str, marker: str, around: Frame, question: str | None = None
+    ):
+        self._runner, self._marker, self._around = runner, marker.strip(), around
+        self._question = question
+        self._encode = cast("Callable[..., list[int]]", runner.stream.tokenizer.encode)
+        saved = runner.place.get("follow")
+        try:
+            if saved is not None:
+                check_place(saved)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise SessionError("the session's place in the followed file is damaged") from None
+        self._tail = Tail(source, saved, terminal.warn)
+        self._began = saved is not None
+        self._place: dict[str, Any] = {"answering": saved is not None and saved["answering"]}
+        runner.place["follow"] = self._place
+        self._waiting: list[int] = []
+
+    def run(self) -> None:
+        """Follow until interrupted, or until standard input is closed."""
+        runner = self._runner
+        self._note_place()
+        if runner.stream.position == 0:
+            before, special = self._around.before, self._around.special
+            self._waiting = list(self._encode(before, add_special_tokens=special))
+        elif not self._began:
+            self._read_again()
+        if self._place["answering"]:
+            self._go_on_answering()
+        bar = _bar(self._tail.backlog())
+        try:
+            while not runner.interrupted():
+                piece = self._tail.next()
+                if piece is None:
+                    bar.close()
+                    self._read()
+                    if self._tail.ended:
+                        break
+                    self._tail.wait()
+                elif piece.whole and piece.text.strip() == self._marker:
+                    self._answer()
+                else:
+                    self._waiting += self._encode(piece.text, add_special_tokens=False)
+                    bar.update(len(piece.text.encode()))
+                    if len(self._waiting) >= runner.step:
+                        self._read()
+        finally:
+            bar.close()
+            self._tail.close()
+
+    def _note_place(self) -> None:
+        """Note how far the file is read; only while nothing read from it waits."""
+        self._place.update(self._tail.place)
+
+    def _read(self) -> None:
+        """Let the model read what waits."""
+        self._read_now(self._waiting)
+        self._waiting = []
+        self._note_place()
+        self._runner.save_if_due()
+
+    def _read_now(self, tokens: Sequence[int]) -> None:
+        if tokens:
+            self._runner.read(tokens, whole=True)
+
+    def _read_again(self) -> None:
+        """Read what stands between an answer and the next words."""
+        runner = self._runner
+        ended = runner.place["ended"]
+        self._read_now(render_again(runner.stream.tokenizer, "", self._around, ended))
+
+    def _answer(self) -> None:
+        """Read what waits and the question, and answer; nothing is saved before the answer is."""
+        question = (self._question or "") + self._around.ask
+        asked = self._encode(question, add_special_tokens=False) if question else []
+        self._read_now([*self._waiting, *asked])
+        self._waiting = []
+        self._note_place()
+        if self._runner.stream.position == 0:
+            terminal.warn("there is nothing to answer to yet")
+            return
+        self._runner.place["made"] = 0
+        self._place["answering"] = True
+        self._go_on_answering()
+
+    def _go_on_answering(self) -> None:
+        if self._runner.answer() is None:
+            return
+        self._runner.show(self._runner.stream.flush() + "\n")
+        self._read_again()
+        self._place["answering"] = False
+        self._runner.save_if_due()
+
+
+def _bar(backlog: int) -> tqdm[Any]:
+    """Return a bar for what a file holds already; one that is not shown if that is little."""
+    return terminal.bar(backlog, "reading", "B", unit_scale=True, disable=backlog < LONG)

@@ -1,0 +1,248 @@
+"""The largest window that a number of bytes has room for.
+
+What counts is what MLX holds at the most at one time: the weights, the full caches, and the
+workspace of the largest step. Python and its libraries come on top, some 100 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_sink.attention.dispatch import BLOCK
+from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
+from mlx_sink.errors import ConfigError, UnsupportedModelError
+from mlx_sink.io.units import format_bytes
+from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoint import trained_context
+from mlx_sink.models.lazy import parameters, weight_bytes
+from mlx_sink.models.report import Report
+
+IN_FLIGHT = 16
+"""Arrays of scores that exist at one time: MLX works ten operations ahead."""
+
+LONGEST = 1 << 20
+"""Tokens of a window at most, for a model that does not say what it was trained on."""
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Add the option to a parser."""
+    p.add_argument(
+        "--memory",
+        metavar="BYTES",
+        help="take the largest window that fits into so much, weights and workspace included: "
+        "2GB, 512MiB",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a budget goes; ``print(plan)`` shows it.
+
+    Attributes:
+        limit: The budget, in bytes.
+        config: The largest context that fits.
+        report: What each layer gets, for one sequence.
+        weights: Bytes of the model.
+        cache: Bytes of the full caches of all sequences.
+        workspace: Bytes that the largest step needs besides, estimated from above.
+    """
+
+    limit: int
+    config: SinkConfig
+    report: Report
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that are needed at the most."""
+        return self.weights + self.cache + self.workspace
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as a JSON-ready dictionary."""
+        parts = {"weights": self.weights, "cache": self.cache, "workspace": self.workspace}
+        return {"limit": self.limit, **parts, "total": self.total, "report": self.report.to_dict()}
+
+    def __str__(self) -> str:
+        parts = [
+            f"weights {format_bytes(self.weights)}",
+            f"cache {format_bytes(self.cache)}",
+            f"workspace up to {format_bytes(self.workspace)}",
+        ]
+        return (
+            f"{self.report}\n{' + '.join(parts)} = {format_bytes(self.total)} "
+            f"of {format_bytes(self.limit)}"
+        )
+
+
+def plan(
+    model: nn.Module,
+    limit: int,
+    config: SinkConfig | None = None,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    prefill_step_size: int = PREFILL_STEP,
+) -> Plan:
+    """Find the largest window that fits, and attach the model with it.
+
+    Args:
+        model: A model from ``mlx_lm.load``; its weights count as they are.
+        limit: Bytes that MLX may hold.
+        config: Everything but the window; by default 4 sinks.
+        context: Positions the model was trained on, in tokens; those that its arguments say,
+            unless stated. (Not all of mlx-lm's do: config.json does.)
+        batch: Sequences that run together.
+        prefill_step_size: Tokens read at once.
+
+    Returns:
+        The plan; its `config` is what the model is attached with.
+
+    Raises:
+        ConfigError: No window fits, or the device has less memory than that.
+        UnsupportedModelError: As in `attach`.
+    """
+    _check_device(limit)
+    step = prefill_step_size
+    return largest(model, limit, config, context=context, batch=batch, prefill_step_size=step)
+
+
+def largest(
+    model: nn.Module,
+    limit: int,
+    config: SinkConfig | None = None,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    prefill_step_size: int = PREFILL_STEP,
+) -> Plan:
+    """Do as `plan`, for a machine that need not be this one."""
+    base = config or SinkConfig(DEFAULT_NUM_SINKS, 1)
+    weights = weight_bytes(model)
+
+    def of(window: int) -> Plan:
+        sized = replace(base, window=window)
+        report = attach(model, sized)
+        room = batch * workspace(model, sized, report, prefill_step_size)
+        return Plan(limit, sized, report, weights, batch * report.nbytes, room)
+
+    context = context or trained_context(getattr(model, "args", None)) or LONGEST
+    smallest, most = of(1), max(1, context - base.num_sinks)
+    if smallest.total > limit:
+        raise ConfigError(_too_small(smallest, of(min(most, 1024)), limit))
+    best, too_large = smallest, most + 1
+
+    def try_out(window: int) -> None:
+        nonlocal best, too_large
+        try:
+            found = of(window)
+        except UnsupportedModelError:  # The model bears no window as long as that.
+            found = None
+        if found is not None and found.total <= limit:
+            best = found
+        else:
+            too_large = window
+
+    # Bytes grow with the window: halve the interval, unless all of the context fits.
+    try_out(most)
+    while too_large - best.config.window > 1:
+        try_out((best.config.window + too_large) // 2)
+    attach(model, best.config)
+    return best
+
+
+def check(model: nn.Module, limit: int, config: SinkConfig, prefill_step_size: int) -> Plan:
+    """Attach a model with a given window, if it fits; arguments and errors as in `plan`."""
+    _check_device(limit)
+    report = attach(model, config)
+    room = workspace(model, config, report, prefill_step_size)
+    found = Plan(limit, config, report, weight_bytes(model), report.nbytes, room)
+    if found.total > limit:
+        raise ConfigError(
+            f"--memory {format_bytes(limit)} is not enough for a window of {config.window}: "
+            f"{format_bytes(found.total)} is ({_parts(found)})"
+        )
+    return found
+
+
+def workspace(model: nn.Module, config: SinkConfig, report: Report, step: int) -> int:
+    """Return the bytes that a step needs at the most besides weights and caches.
+
+    Counted from above for one sequence, and compared with what MLX held on a CPU: up to
+    `IN_FLIGHT` arrays of a block's scores; what the matrices of a layer make of a chunk, two and
+    a half times; the rows that the chunk attends to in the layer that holds most, three times;
+    and the logits of a token, eight times.
+    """
+    layers = cast("list[nn.Module]", cast("Any", model).layers)
+    size = max(_sizes(model))
+    width = max((_outputs(layer) for layer in layers), default=0)
+    row = max((layer.bytes_per_token for layer in report.layers), default=0)
+    heads = max((_heads(layer) for layer in layers), default=1)
+    scores = 4 * heads * min(BLOCK, step) * (config.capacity + BLOCK)
+    at_once = min(IN_FLIGHT, 4 * -(-step // BLOCK))
+    rows = (config.capacity + step) * row
+    logits = 4 * _vocabulary(model)
+    return at_once * scores + 5 * size * step * width // 2 + 3 * rows + 8 * logits
+
+
+def _sizes(model: nn.Module) -> set[int]:
+    """Return the bytes of a number in each type that activations may have."""
+    floats = {w.itemsize for _, w in parameters(model) if mx.issubdtype(w.dtype, mx.floating)}
+    return floats or {4}
+
+
+def _outputs(layer: nn.Module) -> int:
+    """Return how many numbers the matrices of a layer make of one token; all experts count."""
+    matrices = [w for name, w in parameters(layer) if name.endswith("weight") and w.ndim > 1]
+    return sum(w.size // w.shape[-1] for w in matrices)
+
+
+def _heads(layer: nn.Module) -> int:
+    """Return the query heads of a layer; models call them by two names."""
+    modules = [module for _, module in cast("list[tuple[str, object]]", layer.named_modules())]
+    found = [getattr(module, name, 0) for module in modules for name in ("n_heads", "num_heads")]
+    return max(n for n in [1, *found] if isinstance(n, int))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return max((w.shape[0] for _, w in parameters(model) if w.ndim > 1), default=0)
+
+
+def _check_device(limit: int) -> None:
+    most = _recommended()
+    if most is not None and limit > most:
+        raise ConfigError(
+            f"--memory {format_bytes(limit)} is more than this device recommends for one "
+            f"program: use at most {format_bytes(most)}"
+        )
+
+
+def _recommended() -> int | None:
+    """Return the recommended working set of a Metal device, in bytes."""
+    if not mx.metal.is_available():
+        return None
+    info = cast("Callable[[], dict[str, Any]]", mx.device_info)()
+    most = info.get("max_recommended_working_set_size")
+    return most if isinstance(most, int) else None
+
+
+def _parts(found: Plan) -> str:
+    return (
+        f"weights {format_bytes(found.weights)}, cache {format_bytes(found.cache)}, "
+        f"workspace {format_bytes(found.workspace)}"
+    )
+
+
+def _too_small(smallest: Plan, usual: Plan, limit: int) -> str:
+    return (
+        f"--memory {format_bytes(limit)} does not hold this model with any window: "
+        f"{format_bytes(smallest.total)} holds a window of 1 ({_parts(smallest)}), "
+        f"{format_bytes(usual.total)} one of {usual.config.window}"
+    )

@@ -1,0 +1,1 @@
+"""Find, check, load and attach a model of mlx-lm."""

@@ -1,0 +1,1 @@
+"""Tokens and text in and out, for ever; save and resume."""

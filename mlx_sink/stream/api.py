@@ -1,0 +1,103 @@
+"""`stream_generate` and `generate`, as mlx-lm has them, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse
+
+from mlx_sink.config import PREFILL_STEP
+from mlx_sink.errors import InputError
+from mlx_sink.models.attach import make_cache
+from mlx_sink.stream.loop import Progress, quiet
+from mlx_sink.stream.sampler import LogitsProcessor, Sampler, greedy
+from mlx_sink.stream.stream import Stream
+
+INSTEAD = {
+    "max_kv_size": "its size is fixed by attach(model, SinkConfig(window=...))",
+    "kv_bits": "use attach(model, SinkConfig(kv_bits=...))",
+    "draft_model": "use Stream(model, tokenizer, draft_model=...)",
+}
+"""Options of mlx-lm's that are not taken here, and what serves instead."""
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | Sequence[int] | mx.array,
+    max_tokens: int = 256,
+    *,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    prompt_cache: list[Any] | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prefill_step_size: int = PREFILL_STEP,
+    prompt_progress_callback: Progress | None = None,
+    **options: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate text from an attached model, piece by piece, in constant memory.
+
+    Args:
+        model: A model from `load`, or one given to `attach`.
+        tokenizer: Its tokenizer.
+        prompt: Text, which is encoded as is, or token ids.
+        max_tokens: Tokens to generate; -1 for no limit.
+        stop: Strings that end the text; they are not part of it.
+        ignore_eos: Go on after an end-of-text token.
+        prompt_cache: The caches of a stream to go on with, from ``model.make_cache()``; read
+            and written. A new stream by default.
+        sampler: Picks the token, as from mlx-lm's ``make_sampler``; the most likely by default.
+        logits_processors: As from mlx-lm's ``make_logits_processors``; they see the newest
+            1,024 tokens of this call.
+        prefill_step_size: Tokens of the prompt read at once.
+        prompt_progress_callback: Called with the prompt's tokens read so far, and all of them.
+        options: None of mlx-lm's others go with a bounded cache.
+
+    Yields:
+        mlx-lm's ``GenerationResponse``: one for each token, its text possibly empty.
+
+    Raises:
+        InputError: The prompt is empty, or an option does not go with a bounded cache.
+    """
+    for name, value in options.items():
+        if name not in INSTEAD:
+            raise TypeError(f"stream_generate() got an unexpected option {name!r}")
+        if value is not None:
+            raise InputError(f"{name} does not go with a sink cache: {INSTEAD[name]}")
+    caches: list[Any] = list(make_cache(model)) if prompt_cache is None else prompt_cache
+    stream = Stream.over(model, tokenizer, caches)
+    bos = stream.tokenizer.bos_token
+    if isinstance(prompt, str):
+        special = bos is None or not prompt.startswith(bos)
+        prompt = cast("list[int]", stream.tokenizer.encode(prompt, add_special_tokens=special))
+    progress = prompt_progress_callback or quiet
+    stream.feed(prompt, prefill_step_size=prefill_step_size, progress=progress)
+    yield from stream.generate(
+        max_tokens,
+        sampler=sampler or greedy,
+        logits_processors=logits_processors or (),
+        stop=stop,
+        ignore_eos=ignore_eos,
+    )
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | Sequence[int] | mx.array,
+    max_tokens: int = 256,
+    **options: Any,
+) -> str:
+    """Generate a whole text; arguments and errors as in `stream_generate`.
+
+    Raises:
+        InputError: Also when ``max_tokens`` is -1: an endless text has no end to return.
+    """
+    if max_tokens < 0:
+        raise InputError("generate returns a whole text: for an endless one use stream_generate")
+    pieces = stream_generate(model, tokenizer, prompt, max_tokens, **options)
+    return "".join(piece.text for piece in pieces)

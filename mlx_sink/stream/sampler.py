@@ -1,0 +1,96 @@
+"""How the next token is chosen: from a model's logits to a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_sink.stream.randomness import seeded
+
+Sampler = Callable[[mx.array], mx.array]
+"""From log probabilities ``[1, vocabulary]`` to a token ``[1]``."""
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+"""From the newest tokens ``[n]`` and logits ``[1, vocabulary]`` to other logits."""
+
+
+def greedy(logprobs: mx.array) -> mx.array:
+    """Return the most likely token."""
+    return mx.argmax(logprobs, axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        sampler: From log probabilities to a token; the most likely one by default.
+        processors: Change the logits first, one after the other.
+    """
+
+    sampler: Sampler = greedy
+    processors: Sequence[LogitsProcessor] = ()
+
+
+class Choice(NamedTuple):
+    """A token that was chosen, not computed yet.
+
+    Attributes:
+        token: ``[1]``.
+        logprobs: ``[vocabulary]``.
+        key: The random key after it.
+    """
+
+    token: mx.array
+    logprobs: mx.array
+    key: mx.array | None
+
+
+def choose(
+    logits: mx.array, history: mx.array | None, key: mx.array | None, sampling: Sampling
+) -> Choice:
+    """Choose a token.
+
+    Args:
+        logits: ``[1, vocabulary]``.
+        history: The newest tokens, ``[n]``, if there are processors.
+        key: The random key to draw from; ``None`` for MLX's own state.
+        sampling: How.
+    """
+
+    def draw() -> tuple[mx.array, mx.array]:
+        # Some processors write into what they are given: an array of its own.
+        processed = mx.array(logits)
+        for processor in sampling.processors:
+            assert history is not None
+            processed = processor(history, processed)
+        logprobs = processed - mx.logsumexp(processed, keepdims=True)
+        return sampling.sampler(logprobs), logprobs.squeeze(0)
+
+    (token, logprobs), after = seeded(key, draw)
+    return Choice(token, logprobs, after)
+
+
+class History:
+    """The newest tokens, as processors are to see them; nothing if there are none to see them."""
+
+    def __init__(self, tokens: mx.array | None, window: int):
+        self.tokens = tokens
+        self._window = window
+
+    @classmethod
+    def of(cls, recent: Sequence[int], window: int, sampling: Sampling) -> History:
+        """Return the history of a list of tokens."""
+        if not sampling.processors:
+            return cls(None, window)
+        return cls(mx.array(list(recent[-window:]), mx.int32), window)
+
+    def then(self, token: mx.array) -> History:
+        """Return the history after one more token, ``[1]``."""
+        if self.tokens is None:
+            return self
+        longer = mx.concatenate([self.tokens, token.astype(mx.int32)])
+        return History(longer[-self._window :], self._window)
