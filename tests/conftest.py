@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,12 @@ SLOW = [
 """What the default set leaves out."""
 
 
+RUNS_ON_A_CPU = re.compile(
+    r"(^|/)test_(host_metal|kernel_|doctor)\w*\.py|test_scripts\.py::test_(measure|sweep)"
+)
+"""Tests that run the kernels' text on a CPU, or pretend that this machine has a GPU or none."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is."""
@@ -86,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow.mark(SLOW, items)
     skip = pytest.mark.skip(reason="the Metal runner is for Linux; here the kernels run for real")
     for item in items:
-        if sys.platform == "darwin" and item.path.name.startswith("test_host_metal"):
+        if sys.platform == "darwin" and RUNS_ON_A_CPU.search(item.nodeid):
             item.add_marker(skip)
 
 
