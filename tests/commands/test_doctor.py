@@ -147,17 +147,26 @@ def test_prefill_that_is_slow_or_wrong(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--head-dim", "40"], "--head-dim must be multiples of 16"),
-        (["--group", "17"], "--group must be at most 16, got 17"),
-        (["--queries", "1", "9"], "--queries must be at most 8, got 9"),
-        (["--window", "0"], "window must be at least 1"),
-        (["--kv-bits", "8", "--head-dim", "48", "80"], "--kv-group-size 64 divides none of"),
-        (["--kv-bits", "5"], "kv_bits must be 8 or 4, got 5"),
+        (["--head-dim", "40"], "--head-dim: must be a multiple of 16, got 40"),
+        (["--head-dim", "0"], "--head-dim: must be an integer of at least 16, got 0"),
+        (["--group", "17"], "--group: must be an integer from 1 to 16, got 17"),
+        (["--queries", "1", "9"], "--queries: must be an integer from 1 to 8, got 9"),
+        (["--window", "0"], "--window: must be an integer of at least 1, got 0"),
+        (["--rounds", "few"], "--rounds: must be an integer of at least 1, got few"),
+        (["--kv-bits", "5"], "--kv-bits: invalid choice: 5"),
+        (["--reports"], "unrecognized arguments: --reports"),
     ],
 )
-def test_bad_input(arguments: list[str], said: str):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
         main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_group_size_that_divides_no_head():
+    with pytest.raises(ConfigError, match="--kv-group-size 64 divides none of --head-dim 48 80"):
+        main(["--kv-bits", "8", "--head-dim", "48", "80"])
 
 
 def test_no_gpu_where_the_kernels_are_demanded(monkeypatch: pytest.MonkeyPatch):
