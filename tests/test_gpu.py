@@ -12,10 +12,10 @@ import pytest
 
 import mlx_sink
 from mlx_sink import SinkConfig
+from mlx_sink.attention.kernels import check_decode, check_prefill, source, trust
+from mlx_sink.attention.kernels.check_decode import DecodeVariant
+from mlx_sink.attention.kernels.check_prefill import PrefillVariant
 from mlx_sink.commands.doctor.models import SHAPES, AttentionShape
-from mlx_sink.kernels import check_decode, check_prefill, source, trust
-from mlx_sink.kernels.check_decode import DecodeVariant
-from mlx_sink.kernels.check_prefill import PrefillVariant
 
 pytestmark = pytest.mark.skipif(
     not source.is_available(), reason="MLX has no GPU here that runs the kernels"
