@@ -16,11 +16,6 @@ from slow import Slow
 # A stray download would hang a machine without a network, and no test needs one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-RUNS_ON_A_CPU = re.compile(
-    r"(^|/)test_(host_metal|kernel_|doctor)\w*\.py|test_scripts\.py::test_(measure|sweep)"
-)
-"""Tests that run the kernels' text on a CPU, or pretend that this machine has a GPU or none."""
-
 # Points that no run has seen before: some in each run, many in that of all tests.
 for name, examples in (("dev", 8), ("ci", 120)):
     settings.register_profile(
@@ -82,6 +77,12 @@ SLOW = [
     Slow("test_page.py"),
 ]
 """What the default set leaves out."""
+
+
+RUNS_ON_A_CPU = re.compile(
+    r"(^|/)test_(host_metal|kernel_|doctor)\w*\.py|test_scripts\.py::test_(measure|sweep)"
+)
+"""Tests that run the kernels' text on a CPU, or pretend that this machine has a GPU or none."""
 
 
 @pytest.hookimpl(tryfirst=True)
