@@ -322,7 +322,7 @@ def test_a_failed_save_is_a_warning_and_the_run_goes_on(
     monkeypatch.setattr(store, "_write", write)
     text, said = run(*SAMPLING, *SMALL, *PROMPT, "--session", str(file), "-m", "60", "--json")
     assert text == whole
-    assert said.count("warning: cannot save session") == 3
+    assert said.count('{"warning": "cannot save session') == 3
     assert "No space left" in said
     assert json.loads(said.splitlines()[-1])["failed_saves"] == 3
     assert os.listdir(tmp_path) == ["s"]

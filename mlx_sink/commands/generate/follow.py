@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from tqdm import tqdm
 
 from mlx_sink.commands.generate.autosave import Runner
-from mlx_sink.commands.generate.tail import LONGEST, MARK, Tail
-from mlx_sink.errors import ConfigError, SessionError
+from mlx_sink.commands.generate.tail import MARK, Tail
+from mlx_sink.errors import SessionError
 from mlx_sink.io import terminal
 from mlx_sink.stream.chat import Frame, render_again
 from mlx_sink.stream.session import natural
 
 LONG = 1 << 18
 """Bytes of a file that take a while to read: from here on a bar is shown."""
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    p.add_argument(
-        "--follow",
-        metavar="FILE",
-        help="read a file line by line and what is appended to it later, or standard input "
-        "('-'), until Ctrl-C; --prompt is then the question",
-    )
-    p.add_argument("--marker", metavar="LINE", help="with --follow: the line to answer at")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise for options that do not go together.
-
-    Raises:
-        ConfigError: They do not.
-    """
-    if args.follow is None:
-        if args.marker is not None:
-            raise ConfigError("--marker needs --follow")
-        return
-    marker = args.marker
-    if marker is None:
-        raise ConfigError("--follow needs --marker LINE: the line at which to answer")
-    if not marker.strip() or "\n" in marker or len(marker.encode()) > LONGEST // 2:
-        raise ConfigError(f"--marker must be one short line that is not blank, got {marker!r}")
-    if args.prompt_file is not None or args.prompt == "-" or args.prefill_response is not None:
-        raise ConfigError("with --follow, the question is stated by --prompt TEXT")
-    if args.max_tokens < 0 and args.ignore_eos:
-        raise ConfigError("with --follow, an answer must end: leave --ignore-eos or -m -1 out")
 
 
 def check_place(place: Any) -> None:

@@ -91,7 +91,7 @@ def _text(args: argparse.Namespace, fresh: bool) -> str | None:
     if args.prompt == "-":
         return text_io.read(sys.stdin.buffer, "standard input")
     if args.prompt is not None:
-        return args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+        return args.prompt
     if not fresh:
         return None
     return "Once upon a time" if args.model == DEMO else "hello"
