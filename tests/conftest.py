@@ -66,7 +66,7 @@ SLOW = [
     Slow("test_rollback.py", "test_a_loop_stands", ("0-4", "1-1", "2-0", "30-3", "31-2", "47-4")),
     Slow("test_ring_rollback.py", "test_taken_back", ("-1]", "-3]")),
     # What takes long, or a program that not everyone has.
-    Slow("test_compare.py", "test_a_run_that_was_stopped", (r"\[9]",)),
+    Slow("test_compare.py", "test_an_interrupted_run_is_resumed", (r"\[9]",)),
     Slow("test_convert.py", "test_killed_at_any_moment"),
     Slow("test_turns.py", "test_killed_again|test_a_small_file_system"),
     Slow("test_loop.py", "test_nothing_grows_in_eight_thousand_tokens"),

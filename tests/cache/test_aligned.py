@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from brute_force import BASE, Heads, Stream, brute_force, softmax
 from every import tiny
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from test_attention import BASE, Heads, Stream, brute_force, softmax
 from tiny import cut, distance, every, mixed, visible
 
 from mlx_sink import CacheError, SinkConfig, attach, detach
