@@ -1,4 +1,4 @@
-"""The largest window that a number of bytes has room for.
+"""Find the largest window that fits into a number of bytes.
 
 What counts is what MLX holds at the most at one time: the weights, the full caches, and the
 workspace of the largest step. Python and its libraries come on top, some 100 MB.
@@ -142,11 +142,11 @@ def largest(
     def try_out(window: int) -> None:
         nonlocal best, too_large
         try:
-            found = of(window)
-        except UnsupportedModelError:  # The model bears no window as long as that.
-            found = None
-        if found is not None and found.total <= limit:
-            best = found
+            candidate = of(window)
+        except UnsupportedModelError:  # The model does not support a window this long.
+            candidate = None
+        if candidate is not None and candidate.total <= limit:
+            best = candidate
         else:
             too_large = window
 
@@ -163,13 +163,13 @@ def check(model: nn.Module, limit: int, config: SinkConfig, prefill_step_size: i
     _check_device(limit)
     report = attach(model, config)
     room = workspace(model, config, report, prefill_step_size)
-    found = Plan(limit, config, report, weight_bytes(model), report.nbytes, room)
-    if found.total > limit:
+    result = Plan(limit, config, report, weight_bytes(model), report.nbytes, room)
+    if result.total > limit:
         raise ConfigError(
             f"--memory {format_bytes(limit)} is not enough for a window of {config.window}: "
-            f"{format_bytes(found.total)} is ({_parts(found)})"
+            f"{format_bytes(result.total)} is ({_parts(result)})"
         )
-    return found
+    return result
 
 
 def workspace(model: nn.Module, config: SinkConfig, report: Report, step: int) -> int:
@@ -207,8 +207,8 @@ def _outputs(layer: nn.Module) -> int:
 def _heads(layer: nn.Module) -> int:
     """Return the query heads of a layer; models call them by two names."""
     modules = [module for _, module in cast("list[tuple[str, object]]", layer.named_modules())]
-    found = [getattr(module, name, 0) for module in modules for name in ("n_heads", "num_heads")]
-    return max(n for n in [1, *found] if isinstance(n, int))
+    counts = [getattr(module, name, 0) for module in modules for name in ("n_heads", "num_heads")]
+    return max(n for n in [1, *counts] if isinstance(n, int))
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -233,10 +233,10 @@ def _recommended() -> int | None:
     return most if isinstance(most, int) else None
 
 
-def _parts(found: Plan) -> str:
+def _parts(plan: Plan) -> str:
     return (
-        f"weights {format_bytes(found.weights)}, cache {format_bytes(found.cache)}, "
-        f"workspace {format_bytes(found.workspace)}"
+        f"weights {format_bytes(plan.weights)}, cache {format_bytes(plan.cache)}, "
+        f"workspace {format_bytes(plan.workspace)}"
     )
 
 
