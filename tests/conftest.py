@@ -52,6 +52,7 @@ ONE_OF_EACH_CHECK = (
 SLOW = [
     # What some architectures show the others show too.
     Slow("test_every.py", r"\[", ("refused", *STAND_FOR_THE_REST)),
+    Slow("test_every_rollback.py", "nothing|never_come|take_none", STAND_FOR_THE_REST),
     Slow("test_every_tiny.py", "weight|logits|single", STAND_FOR_THE_REST),
     Slow("test_calibrate.py", "test_shares_of_every_architecture", STAND_FOR_THE_REST),
     # Points of a grid, beyond some that have every value of its axes.
@@ -87,7 +88,10 @@ RUNS_ON_A_CPU = re.compile(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is."""
+    """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is.
+
+    There `test_gpu` runs it.
+    """
     by_name = any("::" in argument for argument in config.args) or config.getoption("lf", False)
     if not by_name:  # Who asks for some tests of a file gets them.
         slow.mark(SLOW, items)

@@ -245,7 +245,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {str(path)!r}: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{str(path)!r} does not hold a JSON object")

@@ -1,27 +1,25 @@
-"""A model built from its configuration alone: nothing of it is ever computed.
+"""A model built from its configuration alone, whose weights are never computed.
 
-MLX is lazy, so a model of any size costs little more than its list of layers, as long as nobody
-asks for the value of a weight.
+MLX is lazy: a model of any size costs little more than its list of layers, as long as no value of
+a weight is asked for.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 from mlx import utils
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.errors import ModelError, UnsupportedModelError, one_line
-from mlx_sink.models import checkpoint, demo
+from mlx_sink.models import checkpoint
 from mlx_sink.models.architectures import VERIFIED, refusal
 from mlx_sink.models.checkpoint import read_json
-from mlx_sink.models.load import DEMO
+from mlx_sink.models.load import find_config
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 """The dtypes that mlx-lm keeps weights in, by their names in configurations and options."""
@@ -34,36 +32,16 @@ def read_config(name: str) -> dict[str, Any]:
     """Read the configuration of a model, and nothing else of it.
 
     Args:
-        name: ``"demo"``, a folder with a config.json, such a file, or a Hugging Face repository,
-            of which only config.json is fetched.
+        name: As in `load.find_config`.
 
     Raises:
         ModelError: There is none, or it is damaged.
     """
-    path = _config_file(name)
+    path = find_config(name)
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{str(path)!r} names no model_type")
     return config
-
-
-def _config_file(name: str) -> Path:
-    if name == DEMO:
-        return demo.FOLDER / "config.json"
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model folder {name!r} has no config.json")
-        return path / "config.json"
-    if name and path.is_file():
-        return path
-    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) or name.endswith(".json"):
-        raise ModelError(f"model {name!r}: no such folder, config.json or repository")
-    try:
-        # The hub's client raises errors of many packages.
-        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
-    except Exception as error:
-        raise ModelError(f"cannot get config.json of {name!r}: {one_line(error)}") from error
 
 
 def dtype_of(config: dict[str, Any]) -> str | None:
@@ -168,18 +146,18 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
     mode = settings.get("mode", "affine")
     if mode not in MODES:
         raise ModelError(f"unknown quantization mode {mode!r}: expected one of {sorted(MODES)}")
-    odd = [
+    unknown = [
         key
         for key, value in settings.items()
         if key not in ("mode", "group_size", "bits") and not isinstance(value, dict | bool)
     ]
-    if odd:
-        raise ModelError(f"unknown field {odd[0]!r} in quantization")
-    usual: dict[str, Any] = {}
-    for key, default in zip(("group_size", "bits"), MODES[mode], strict=True):
-        usual[key] = settings.get(key, default)
-        if not isinstance(usual[key], int):
-            raise ModelError(f"quantization {key} must be an integer, got {usual[key]!r}")
+    if unknown:
+        raise ModelError(f"unknown field {unknown[0]!r} in quantization")
+    default: dict[str, Any] = {}
+    for key, usual in zip(("group_size", "bits"), MODES[mode], strict=True):
+        default[key] = settings.get(key, usual)
+        if not isinstance(default[key], int):
+            raise ModelError(f"quantization {key} must be an integer, got {default[key]!r}")
     by_default: Callable[[str, nn.Module], Any] = getattr(
         model, "quant_predicate", lambda path, module: True
     )
@@ -190,9 +168,9 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
         weight = getattr(module, "weight", None)
         if not hasattr(module, "to_quantized") or weight is None:
             return False
-        return weight.shape[-1] % usual["group_size"] == 0 and by_default(path, module)
+        return weight.shape[-1] % default["group_size"] == 0 and by_default(path, module)
 
     try:
-        nn.quantize(model, **usual, mode=mode, class_predicate=chosen)
+        nn.quantize(model, **default, mode=mode, class_predicate=chosen)
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"quantization {usual} cannot be used: {one_line(error)}") from None
+        raise ModelError(f"quantization {default} cannot be used: {one_line(error)}") from None

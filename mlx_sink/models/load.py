@@ -20,6 +20,8 @@ from mlx_sink.models.settings import Settings
 
 DEMO = demo.NAME
 
+CONFIG = "config.json"
+
 
 class Loaded(NamedTuple):
     """A model as mlx-lm loads it, nothing attached yet.
@@ -74,8 +76,8 @@ def load(
             tokens, or as much as the model's trained context holds.
         return_report: Return the report too: which layer got what, and where the settings
             come from.
-        options: Passed to `mlx_lm.load`: ``adapter_path``, ``tokenizer_config``,
-            ``trust_remote_code``, ``revision``, ...
+        options: As in `mlx_lm.load`: ``adapter_path``, ``tokenizer_config``, ``revision``, ...;
+            ``trust_remote_code`` is for the model's code and its tokenizer's alike.
 
     Returns:
         The model, attached, its tokenizer, and the report if asked for.
@@ -136,15 +138,49 @@ def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:
     own = Settings.of(found.config)
     model_config = checkpoint.for_mlx_lm(found.config)
     model_config |= cast("dict[str, Any]", options.pop("model_config", None) or {})
+    model, tokenizer, config = by_mlx_lm(name, found.path, model_config=model_config, **options)
+    return Loaded(model, tokenizer, checkpoint.trained_context(config), own)
+
+
+def by_mlx_lm(
+    name: str,
+    path: Path,
+    *,
+    trust_remote_code: bool = False,
+    tokenizer_config: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Load a model, its tokenizer and its configuration by `mlx_lm.load`.
+
+    mlx-lm asks twice whether code may be run: for the model, and in ``tokenizer_config`` for the
+    tokenizer. Where the second answer is missing, transformers asks on the terminal.
+
+    Args:
+        name: What to call the model in an error.
+        path: Its folder.
+        trust_remote_code: Run code that comes with the model or its tokenizer.
+        tokenizer_config: As in `mlx_lm.load`; what it says of trust is for the tokenizer alone.
+        options: As in `mlx_lm.load`.
+
+    Raises:
+        ModelError: mlx-lm cannot load it.
+    """
+    tokenizer_config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     try:
         # mlx-lm and transformers raise whatever a damaged file happens to trip over.
         loaded = mlx_lm.load(
-            str(found.path), return_config=True, model_config=model_config, **options
+            str(path),
+            return_config=True,
+            trust_remote_code=trust_remote_code,
+            tokenizer_config=tokenizer_config,
+            **options,
         )
     except Exception as error:
-        raise ModelError(f"cannot load model {name!r}: {one_line(error)}") from error
-    model, tokenizer, config = cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
-    return Loaded(model, tokenizer, checkpoint.trained_context(config), own)
+        reason = one_line(error)
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            reason += " (--trust-remote-code, or trust_remote_code=True, runs it)"
+        raise ModelError(f"cannot load model {name!r}: {reason}") from error
+    return cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
 
 
 def find(name: str, revision: str | None = None) -> Path:
@@ -153,31 +189,65 @@ def find(name: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: There is no such folder, and no such repository can be had.
     """
-    if name == DEMO:
-        return demo.FOLDER
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return path
-    if name and path.exists():
+    path = _local(name)
+    if path is None:
+        if not is_remote(name):
+            raise ModelError(f"model folder {name!r} does not exist")
+        return _download(name, revision)
+    if not path.is_dir():
         raise ModelError(f"model {name!r} is a file: name the folder that holds config.json")
-    if not is_remote(name):
-        raise ModelError(f"model folder {name!r} does not exist")
-    utils = cast("Any", mlx_lm_utils)
-    try:
-        return Path(
-            utils.snapshot_download(
-                name, revision=revision, allow_patterns=utils.DEFAULT_ALLOW_PATTERNS
-            )
-        )
-    except Exception as error:
-        raise ModelError(f"cannot download model {name!r}: {one_line(error)}") from error
+    return path
+
+
+def find_config(name: str) -> Path:
+    """Return the config.json of a model. Of a repository nothing else is downloaded.
+
+    Args:
+        name: As in `find`, or that of such a file.
+
+    Raises:
+        ModelError: There is none.
+    """
+    path = _local(name)
+    if path is None:
+        if not is_remote(name):
+            raise ModelError(f"model {name!r}: no such folder, config.json or repository")
+        path = _download(name, only=CONFIG)
+    if path.is_file():
+        return path
+    if not (path / CONFIG).is_file():
+        raise ModelError(f"model {name!r} has no {CONFIG}")
+    return path / CONFIG
 
 
 def is_remote(name: str) -> bool:
     """Tell whether a name is that of a repository on the hub: no folder, and spelled like one."""
-    if name == DEMO or Path(name).expanduser().exists():
-        return False
-    return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None
+    spelled = re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None
+    return spelled and not name.endswith(".json") and _local(name) is None
+
+
+def _local(name: str) -> Path | None:
+    """Return the folder or file on this machine that a name is of, if there is one."""
+    if name == DEMO:
+        return demo.FOLDER
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError):  # too long for a path; the home of nobody
+        return None
+
+
+def _download(name: str, revision: str | None = None, *, only: str | None = None) -> Path:
+    """Download a repository, or one file of it, and return the folder."""
+    utils = cast("Any", mlx_lm_utils)
+    patterns = utils.DEFAULT_ALLOW_PATTERNS if only is None else [only]
+    try:
+        # The hub's client raises errors of many packages.
+        folder = utils.snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except Exception as error:
+        what = "model" if only is None else f"{only} of model"
+        raise ModelError(f"cannot download {what} {name!r}: {one_line(error)}") from error
+    return Path(folder)
 
 
 def check_vocabulary(tokenizer: Any, draft_tokenizer: Any) -> None:
