@@ -1,4 +1,4 @@
-"""How the keys, or the values, of one layer are held: as they came, or quantised.
+"""Store the keys, or the values, of one layer: in the model's dtype, or quantised.
 
 Both kinds of storage take what the ring's layout says (which rows go to which slots) and hand out
 the rows that a call attends to. Slots below ``num_sinks`` are the sinks', which stay as they came.

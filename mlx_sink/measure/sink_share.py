@@ -1,4 +1,4 @@
-"""How much of a model's attention lies on the first tokens of a text."""
+"""Measure how much of a model's attention lies on the first tokens of a text."""
 
 from __future__ import annotations
 

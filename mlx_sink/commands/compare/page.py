@@ -1,4 +1,4 @@
-"""A comparison as one page that needs nothing else: no network, no script."""
+"""Render a comparison as one HTML page that needs no network and no script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a calibration leaves in a model's folder: a section of config.json, SINK.md, a heat map."""
+"""Write a calibration into a model's folder: a section of config.json, SINK.md, a heat map."""
 
 from __future__ import annotations
 
