@@ -69,39 +69,6 @@ def check(path: Path) -> Checkpoint:
         raise ModelError(f"cannot read {str(error.filename or path)!r}: {reason}") from None
 
 
-def for_mlx_lm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says in transformers 5's spelling, in the one mlx-lm reads.
-
-    From version 5 on, transformers writes ``rope_theta``, ``rope_scaling`` and
-    ``partial_rotary_factor`` as one object, ``rope_parameters``. Most of mlx-lm's models do not
-    know it and fall back to a default rotary base without a word: other logits.
-
-    Args:
-        config: The contents of config.json.
-
-    Returns:
-        Keys to be added to it; those it has are never changed.
-    """
-    added: dict[str, Any] = {}
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict):
-        rope = cast("dict[str, Any]", rope)
-        local = rope.get("sliding_attention")
-        if isinstance(local, dict) and "rope_theta" in local:
-            added["rope_local_base_freq"] = local["rope_theta"]
-        # Where the kinds of layers differ, what mlx-lm calls rope_theta is that of the full ones.
-        if isinstance(rope.get("full_attention"), dict):
-            rope = cast("dict[str, Any]", rope["full_attention"])
-        added |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-        if rope.get("rope_type", "default") != "default":
-            added["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    text = config.get("text_config")
-    if isinstance(text, dict) and (inner := for_mlx_lm(cast("dict[str, Any]", text))):
-        added["text_config"] = text | inner
-        return {k: v for k, v in added.items() if config.get(k) is None or k == "text_config"}
-    return {k: v for k, v in added.items() if config.get(k) is None}
-
-
 def trained_context(config: Mapping[str, Any]) -> int | None:
     """Return the positions a model was trained on, in tokens, if its configuration says."""
     text = config.get("text_config")

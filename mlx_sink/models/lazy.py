@@ -18,7 +18,7 @@ from mlx import utils
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.errors import ModelError, UnsupportedModelError, one_line
-from mlx_sink.models import checkpoint, demo
+from mlx_sink.models import demo, spelling
 from mlx_sink.models.architectures import VERIFIED, refusal
 from mlx_sink.models.checkpoint import read_json
 from mlx_sink.models.load import DEMO
@@ -99,7 +99,7 @@ def build(config: dict[str, Any], dtype: str | None = None) -> nn.Module:
         UnsupportedModelError: A bounded cache would be refused, or would have to be tried out
             on the weights.
     """
-    config = config | checkpoint.for_mlx_lm(config)
+    config = config | spelling.for_mlx_lm(config)
     kind = str(config["model_type"])
     if config.get("model_file") is not None:
         raise ModelError(

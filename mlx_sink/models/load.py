@@ -13,7 +13,7 @@ from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, ModelError, one_line
-from mlx_sink.models import checkpoint, demo, settings
+from mlx_sink.models import checkpoint, demo, settings, spelling
 from mlx_sink.models.attach import attach
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
@@ -134,7 +134,7 @@ def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:
     name = str(path_or_repo)
     found = checkpoint.check(find(name, options.pop("revision", None)))
     own = Settings.of(found.config)
-    model_config = checkpoint.for_mlx_lm(found.config)
+    model_config = spelling.for_mlx_lm(found.config)
     model_config |= cast("dict[str, Any]", options.pop("model_config", None) or {})
     try:
         # mlx-lm and transformers raise whatever a damaged file happens to trip over.

@@ -24,7 +24,7 @@ from mlx_sink.errors import ModelError, OutputError, one_line
 from mlx_sink.io import atomic, terminal
 from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
-from mlx_sink.models import checkpoint, settings
+from mlx_sink.models import checkpoint, settings, spelling
 from mlx_sink.models.attach import attach, detach
 from mlx_sink.models.checkpoint import Checkpoint
 from mlx_sink.models.load import find, is_remote, load_unattached
@@ -156,7 +156,7 @@ def _load(name: str, source: Checkpoint, trust: bool) -> tuple[nn.Module, Any, d
             str(source.path),
             lazy=True,
             return_config=True,
-            model_config=checkpoint.for_mlx_lm(source.config),
+            model_config=spelling.for_mlx_lm(source.config),
             tokenizer_config={"trust_remote_code": trust},
             trust_remote_code=trust,
         )
