@@ -27,7 +27,8 @@ import numpy as np
 from mlx_sink.attention.dispatch import BLOCK
 from mlx_sink.attention.ring import Layout, Ring, layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.kernels.prefill import Tile, tables_of
+from mlx_sink.kernels.prefill import Tile
+from mlx_sink.kernels.tables import prefill_tables
 
 SHAPES = ((2048, 256), (2048, 1024), (2048, 4096), (512, 1024), (8192, 1024), (8192, 4096))
 TILE = Tile(32, 32)
@@ -82,7 +83,7 @@ def fragments_of(ranges: np.ndarray, n: int, tile: Tile) -> tuple[int, int]:
 def count(layout: Layout, tile: Tile = TILE) -> Count:
     """Count a whole call."""
     ring, n = layout.ring, layout.n
-    tables = tables_of(layout, ring.tokens, layout.end, Rotation([]), tile.queries)
+    tables = prefill_tables(layout, ring.tokens, layout.end, Rotation([]), tile.queries)
     met, visited = fragments_of(np.array(tables.ranges[0]), n, tile)
     queries = range(ring.tokens, layout.end)
     visible = sum(min(t + 1, ring.num_sinks + min(t + 1 - ring.num_sinks, ring.window))

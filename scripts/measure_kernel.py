@@ -30,8 +30,9 @@ import host_metal
 from decode_case import Case, arrays, ring_at, run
 
 from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.kernels import check_decode, source, trust
 from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import selfcheck, source
+from mlx_sink.kernels.tables import decode_tables
 
 SHAPES = [
     (64, 1, 1), (64, 8, 1), (64, 16, 1), (80, 4, 1), (96, 4, 1), (128, 1, 1), (128, 4, 1),
@@ -91,22 +92,22 @@ def time_python(calls: int) -> dict[str, dict[str, float]]:
             return sink_attention(q, a.k, a.v, layout=layout, rotation=rotation, scale=1.0)
 
         found["tables looked up"] = _microseconds(
-            lambda: kernel.tables_of(layout, block, rotation), calls
+            lambda: decode_tables(layout, block, rotation), calls
         )
         found["decode, one pass"] = _microseconds(launch(1), calls)
         found["decode, two passes"] = _microseconds(launch(2), calls)
         found["sink_attention, all of it"] = _microseconds(attend, calls)
         return q
 
-    trusted = selfcheck.Verdict(True, 0.0, "")
+    trusted = trust.Verdict(True, 0.0, "")
     with (
         mock.patch.object(source, "backend", return_value="metal"),
         mock.patch.object(source, "device", mx.default_device),
-        mock.patch.object(selfcheck, "verdict_of", return_value=trusted),
+        mock.patch.object(check_decode, "verdict_of", return_value=trusted),
     ):
-        selfcheck.forget()
+        check_decode.forget()
         mx.export_function(lambda _: None, traced, a.q)
-    selfcheck.forget()
+    check_decode.forget()
     return found
 
 

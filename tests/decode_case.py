@@ -16,7 +16,8 @@ from tiny import distance, visible
 
 from mlx_sink.attention.ring import Layout, Ring, layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.kernels.decode import Tables, decode, tables_of
+from mlx_sink.kernels.decode import decode
+from mlx_sink.kernels.tables import DecodeTables, decode_tables
 
 BASE = 100.0
 """Of the rotary embedding: small, so that a wrong turn shows within a few tokens."""
@@ -70,11 +71,11 @@ class Arrays:
     scale: float
 
 
-def decode_tables(layout: Layout, rotation: Rotation) -> Tables:
-    return tables_of(layout, layout.block(layout.ring.tokens, layout.end), rotation)
+def tables_of(layout: Layout, rotation: Rotation) -> DecodeTables:
+    return decode_tables(layout, layout.block(layout.ring.tokens, layout.end), rotation)
 
 
-def arrays(case: Case, make: Callable[[Layout, Rotation], Any] = decode_tables) -> Arrays:
+def arrays(case: Case, make: Callable[[Layout, Rotation], Any] = tables_of) -> Arrays:
     """Random arrays, and the tables that `make` makes; rows that no token owns hold NaN."""
     random = np.random.default_rng(case.seed)
     B, H = len(case.rings), case.n_kv * case.group

@@ -8,8 +8,8 @@ import mlx.core as mx
 from decode_case import Arrays, Case, arrays
 
 from mlx_sink.attention.packed import Packed, packed
-from mlx_sink.kernels.decode import Tables, tables_of
 from mlx_sink.kernels.decode_packed import decode_packed
+from mlx_sink.kernels.tables import DecodeTables, decode_tables
 
 Bits = tuple[int, int]
 Given = tuple[Arrays, Packed, Packed]
@@ -27,10 +27,10 @@ def quantised(case: Case, bits: Bits, size: int) -> Given:
         rows.append(held if held.sinks is None else replace(held, sinks=x[:, :, :S]))
     blocks = [lay.block(lay.ring.tokens, lay.end) for lay in case.layouts]
     each = [
-        tables_of(lay, block, case.rotation, packed=True)
+        decode_tables(lay, block, case.rotation, packed=True)
         for lay, block in zip(case.layouts, blocks, strict=True)
     ]
-    tables = each[0] if len(each) == 1 else Tables.stack(each)
+    tables = each[0] if len(each) == 1 else DecodeTables.stack(each)
     k, v = (r.expanded() for r in rows)
     return Arrays(a.q, k, v, a.learned, tables, a.scale), *rows
 

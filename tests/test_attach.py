@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import made_up
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -22,8 +23,11 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_sink import CacheError, ConfigError, SinkConfig, UnsupportedModelError, attach, detach
 from mlx_sink.attention.rope import Rotation
+from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.models.attach import make_cache
 from mlx_sink.models.hook import HOOKED, MARK
+from mlx_sink.models.trace import WatchedCache
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 
@@ -237,6 +241,57 @@ def test_speculative_decoding_is_refused():
     attach(model, SinkConfig(2, 30))
     with pytest.raises(ValueError, match="trimmable"):
         next(speculative_generate_step(mx.array(prompt[0]), model, draft, max_tokens=60))
+
+
+# How often it calls the model.
+
+
+def calls_of(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Note every call of a kind of model from now on: its tokens, and whether it is watched."""
+    calls: list[tuple[int, bool]] = []
+    original = kind.__call__
+
+    def call(self: nn.Module, tokens: mx.array, cache: Any = None) -> mx.array:
+        is_watched = any(isinstance(part, WatchedCache) for part in leaves(cache or []))
+        calls.append((tokens.shape[1], is_watched))
+        return original(self, tokens, cache=cache)
+
+    monkeypatch.setattr(kind, "__call__", call)
+    return calls
+
+
+WATCHED_ONCE = [(2, True), (1, True), (2, False)]
+"""A chunk and a token are watched; a chunk goes through the caches that are planned."""
+
+
+def test_a_known_model_is_watched_once(monkeypatch: pytest.MonkeyPatch):
+    model = build("llama", 2)
+    calls = calls_of(llama.Model, monkeypatch)
+    attach(model, CONFIG)
+    assert calls == WATCHED_ONCE
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["of nobody", "with a foreign part"])
+def test_an_unknown_model_is_watched_once(known: bool, monkeypatch: pytest.MonkeyPatch):
+    """The check of the contract goes by what was seen: its own calls are real ones."""
+    model = build("llama", 2) if known else made_up.Model(made_up.Attention)
+    if known:
+        model.layers[1].self_attn.rope = type("Rope", (nn.RoPE,), {})(8)
+    calls = calls_of(type(model), monkeypatch)
+    attach(model, CONFIG)
+    assert calls[:3] == WATCHED_ONCE
+    assert calls[3:]
+    assert not any(is_watched for _, is_watched in calls[3:])
+
+
+def test_caches_are_made_without_the_model(monkeypatch: pytest.MonkeyPatch):
+    """A server makes some for every request."""
+    model = build("llama", 2)
+    attach(model, CONFIG)
+    calls = calls_of(llama.Model, monkeypatch)
+    caches = [model.make_cache(), make_cache(model), make_prompt_cache(model)]
+    assert not calls
+    assert len({id(cache) for layers in caches for cache in layers}) == 6
 
 
 # What it refuses.

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from folder import make_folder
 
-from mlx_sink.commands import options as cli
+from mlx_sink.commands import entry
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +26,8 @@ def run(
     argv: list[str], capsys: pytest.CaptureFixture[str], command: str = "generate"
 ) -> tuple[int, str, str]:
     """Run the command in this process and return its status, stdout and stderr."""
-    module = import_module(f"mlx_sink.{command}")
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: module.main(argv), module.PROG)
+        entry.run(command, argv)
     captured = capsys.readouterr()
     return int(left.value.code or 0), captured.out, captured.err
 
@@ -59,7 +56,14 @@ SETTINGS = {
     "window 0": (["--window", "0"], ["window", "at least 1", "got 0"]),
     "window negative": (["--window", "-5"], ["window", "-5"]),
     "window no number": (["--window", "many"], ["--window", "many"]),
-    "sinks negative": (["--num-sinks", "-1"], ["num_sinks", "at least 0", "-1"]),
+    "temp nan": (["--temp", "nan"], ["--temp", "at least 0", "got nan", "default"]),
+    "temp infinite": (["--temp", "1e999"], ["--temp", "at least 0", "got 1e999"]),
+    "seed negative": (["--seed", "-1"], ["--seed", "from 0 to 18446744073709551615", "got -1"]),
+    "seed too long": (["--seed", "18446744073709551616"], ["--seed", "got 18446744073709551616"]),
+    "penalty infinite": (["--presence-penalty=-inf"], ["--presence-penalty", "got -inf"]),
+    "repetition nan": (["--repetition-penalty", "nan"], ["--repetition-penalty", "above 0"]),
+    "no number": (["--top-k", ""], ["--top-k", "an integer", "got ''"]),
+    "sinks negative": (["--num-sinks", "-1"], ["--num-sinks", "at least 0", "got -1", "default"]),
     "beyond the context": (["--window", "61"], ["65", "64 tokens", "at most 60"]),
     "sinks beyond the context": (["--num-sinks", "64"], ["65", "64"]),
     "empty prompt": (["--prompt", ""], ["prompt is empty"]),
@@ -82,10 +86,10 @@ SETTINGS = {
         ["--presence-context-size", "0"],
         ["--presence-context-size", "at least 1"],
     ),
-    "bits": (["--kv-bits", "3"], ["kv_bits", "8 or 4", "got 3"]),
-    "bits of values": (["--kv-bits", "8", "--v-bits", "2"], ["v_bits", "8 or 4", "got 2"]),
+    "bits": (["--kv-bits", "3"], ["--kv-bits", "8, 4", "3"]),
+    "bits of values": (["--kv-bits", "8", "--v-bits", "2"], ["--v-bits", "8, 4", "2"]),
     "bits of keys alone": (["--k-bits", "8"], ["k_bits alone", "kv_bits"]),
-    "group size": (["--kv-group-size", "16"], ["kv_group_size", "32, 64 or 128", "got 16"]),
+    "group size": (["--kv-group-size", "16"], ["--kv-group-size", "32, 64, 128", "16"]),
     "head_dim": (["--kv-bits", "8"], ["kv_group_size 64", "head_dim of 8", "leave kv_bits out"]),
     "drafts of nothing": (["--num-draft-tokens", "2"], ["--num-draft-tokens", "--draft-model"]),
     "no drafts": (
@@ -145,8 +149,10 @@ def test_prompt_file_not_utf8(good: Path, tmp_path: Path, capsys: pytest.Capture
 def test_stdin_not_utf8(
     good: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
-    expect_one_line(run(["--model", str(good), "-p", "-"], capsys), "standard input", "UTF-8")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait")))
+    expect_one_line(
+        run(["--model", str(good), "-p", "-"], capsys), "standard input", "UTF-8", "byte 3"
+    )
 
 
 def _edit_config(**changes: object) -> Callable[[Path], None]:
@@ -325,7 +331,7 @@ CONVERSIONS: dict[str, tuple[list[str], list[str]]] = {
         ["quant_predicate", "affine", "mxfp4"],
     ),
     "bits": (["-q", "--q-bits", "7", "--q-group-size", "32"], ["cannot be quantised", "7"]),
-    "no bits": (["-q", "--q-bits", "0"], ["q_bits", "at least 1", "got 0"]),
+    "no bits": (["-q", "--q-bits", "0"], ["--q-bits", "from 1 to 8", "got 0"]),
     "group": (["-q", "--q-group-size", "48"], ["cannot be quantised", "48"]),
     "group of no layer": (["-q", "--q-group-size", "128"], ["--quantize changes nothing"]),
     "unknown mode": (["-q", "--q-mode", "int3"], ["--q-mode", "int3"]),
@@ -402,9 +408,8 @@ def refused(
     name: str, argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Expect one line that says what is wrong with a command."""
-    command = importlib.import_module(f"mlx_sink.{name}")
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: command.main(argv), command.PROG)
+        entry.run(name, argv)
     captured = capsys.readouterr()
     assert left.value.code == 2
     assert captured.out == ""

@@ -23,7 +23,8 @@ from mlx_lm.convert import convert as mlx_lm_convert
 import mlx_sink
 from mlx_sink import OutputError, SinkConfig, UnsupportedModelError
 from mlx_sink.commands.convert import progress as writing
-from mlx_sink.commands.convert.convert import PROG, Recipe, Text, convert, main
+from mlx_sink.commands.convert.command import PROG, main
+from mlx_sink.commands.convert.convert import Recipe, Text, convert
 from mlx_sink.io import atomic
 from mlx_sink.models import checkpoint
 

@@ -18,7 +18,7 @@ from mlx_lm.models import base
 from mlx_sink import CacheError, SinkConfig
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.cache.lending import _lenders, lender_of, note
+from mlx_sink.cache.kv_sharing import _lenders, lender_of, note
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.models import hook as seam
 from mlx_sink.models.trace import rope_call

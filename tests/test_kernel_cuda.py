@@ -16,9 +16,9 @@ from decode_case import Case, ring_at, run
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.ring import layout_of
 from mlx_sink.attention.rope import Rotation
+from mlx_sink.kernels import check_decode, source, trust
 from mlx_sink.kernels import decode as kernel
 from mlx_sink.kernels import decode_packed as packed
-from mlx_sink.kernels import selfcheck, source
 
 RING = (ring_at(4, 90, 215, epoch=100),)
 CASES = {
@@ -121,9 +121,9 @@ def test_a_name_tells_the_text(monkeypatch: pytest.MonkeyPatch):
 def test_it_serves_only_where_it_matches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The stand-in gives zeros, as a kernel might that compiles and is wrong."""
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
-    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path))
-    monkeypatch.delenv(selfcheck.SWITCH, raising=False)
-    selfcheck.forget()
+    monkeypatch.setenv(trust.FOLDER, str(tmp_path))
+    monkeypatch.delenv(trust.SWITCH, raising=False)
+    check_decode.forget()
     rotation = Rotation([1.0, 0.5, 0.25, 0.1, 1.0, 0.5, 0.25, 0.1])
     layout = layout_of(RING[0], 2)
     q, k = mx.ones((1, 2, 2, 16)), mx.ones((1, 2, RING[0].live + 2, 16))
@@ -132,4 +132,4 @@ def test_it_serves_only_where_it_matches(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert mx.allclose(out, mx.ones_like(out)), "the plain operations served"
     (kept,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     assert kept["backend"] == "cuda"
-    selfcheck.forget()
+    check_decode.forget()

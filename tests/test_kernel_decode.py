@@ -24,6 +24,7 @@ from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
 from mlx_sink.kernels import decode as kernel
 from mlx_sink.kernels import source
+from mlx_sink.kernels.tables import decode_tables
 
 DTYPES = list(TOLERANCES)
 
@@ -337,5 +338,5 @@ def test_tables_are_made_once_a_step():
     case = Case(SWITCH)
     layout, rotation = case.layouts[0], case.rotation
     block = layout.block(layout.ring.tokens, layout.end)
-    assert kernel.tables_of(layout, block, rotation) is kernel.tables_of(layout, block, rotation)
-    assert kernel.tables_of(layout, block, Rotation([])) is not None
+    assert decode_tables(layout, block, rotation) is decode_tables(layout, block, rotation)
+    assert decode_tables(layout, block, Rotation([])) is not None

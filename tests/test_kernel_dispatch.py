@@ -23,27 +23,32 @@ import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.attention import dispatch as attention
 from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.packed import packed
 from mlx_sink.attention.ring import Ring, layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.cache.storage import packed
 from mlx_sink.commands.generate.command import main
 from mlx_sink.errors import ConfigError, KernelError
+from mlx_sink.kernels import check_decode, check_prefill, source, trust
 from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import prefillcheck, selfcheck, source
 from mlx_sink.models.trace import rope_call
 
 ROTATION = Rotation.of(rope_call(nn.RoPE(16, base=100.0), 16))
 RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)
 
 
+def forget() -> None:
+    check_decode.forget()
+    check_prefill.forget()
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing settled before, and verdicts kept in a folder of the test's own."""
-    monkeypatch.delenv(selfcheck.SWITCH, raising=False)
-    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path / "verdicts"))
-    prefillcheck.forget()
+    monkeypatch.delenv(trust.SWITCH, raising=False)
+    monkeypatch.setenv(trust.FOLDER, str(tmp_path / "verdicts"))
+    forget()
     yield
-    prefillcheck.forget()
+    forget()
 
 
 class Runner(host_metal.HostKernel):
@@ -62,7 +67,7 @@ class Runner(host_metal.HostKernel):
 def metal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with Metal, whose GPU is the runner, and on which the prefill kernel is slow."""
     monkeypatch.setattr(mx.fast, "metal_kernel", Runner)
-    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 0.5)
+    monkeypatch.setattr(check_prefill, "speedup", lambda spec: 0.5)
     monkeypatch.setattr(source, "backend", lambda: "metal")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
 
@@ -114,13 +119,13 @@ def attend(
 
 
 def verdicts() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in selfcheck.folder().glob("*.json")]
+    return [json.loads(path.read_text()) for path in trust.folder().glob("*.json")]
 
 
 def test_without_metal_nothing_changes(launches: list[tuple[int, ...]]):
     attend()
     assert not launches
-    assert not selfcheck.folder().exists()
+    assert not trust.folder().exists()
 
 
 @pytest.mark.usefixtures("metal")
@@ -135,8 +140,8 @@ def test_decode_steps_go_to_the_kernel_once_checked(launches: list[tuple[int, ..
     assert attend(n=9).shape == (1, 4, 9, 16)
     assert len(launches) == 1, "chunks, and heads that 16 does not divide, are served by ops"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(selfcheck.SWITCH, "off")
-        selfcheck.forget()
+        patch.setenv(trust.SWITCH, "off")
+        check_decode.forget()
         np.testing.assert_allclose(out, attend(), atol=1e-6)
     assert len(launches) == 1
 
@@ -204,23 +209,23 @@ def test_mistakes_that_only_several_tokens_show(
 @pytest.mark.usefixtures("metal")
 def test_a_verdict_is_kept_for_its_text(monkeypatch: pytest.MonkeyPatch):
     checked: list[str] = []
-    check = selfcheck.check
+    check = check_decode.check
 
-    def counted(spec: selfcheck.Specialisation) -> selfcheck.Verdict:
+    def counted(spec: check_decode.DecodeVariant) -> trust.Verdict:
         checked.append(spec.name)
         return check(spec)
 
-    monkeypatch.setattr(selfcheck, "check", counted)
+    monkeypatch.setattr(check_decode, "check", counted)
     for times in (1, 1):
         attend()
-        selfcheck.forget()
+        check_decode.forget()
         assert len(checked) == times
-    (path,) = selfcheck.folder().glob("*")
+    (path,) = trust.folder().glob("*")
     path.write_text("{")
     attend()
     assert len(checked) == 2, "a damaged file is as good as none"
     assert verdicts()[0]["passed"]
-    selfcheck.forget()
+    check_decode.forget()
     monkeypatch.setattr(source, "stamp", lambda *names: "another text")
     attend()
     assert len(checked) == 3
@@ -252,13 +257,34 @@ def test_a_kernel_that_fails_its_check_does_not_serve(
             np.testing.assert_array_equal(attend(), wanted)
         assert len(said) == 1
         assert re.search(f"gqa2.* is not used .*{reason}.*doctor", str(said[0].message))
-        selfcheck.forget()
+        check_decode.forget()
     assert not launches
     (kept,) = verdicts()
     assert not kept["passed"]
-    monkeypatch.setenv(selfcheck.SWITCH, "on")
+    monkeypatch.setenv(trust.SWITCH, "on")
     with pytest.raises(KernelError, match=reason):
         attend()
+
+
+@pytest.mark.usefixtures("metal")
+@pytest.mark.parametrize("wrong_splits", [1, 3])
+def test_a_kernel_that_gives_nan_does_not_serve(
+    wrong_splits: int, launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    """NaN compares false with every tolerance; one of the two launches is enough."""
+    wanted = _ops(monkeypatch)
+    decode = kernel.decode
+
+    def broken(*arrays: Any, splits: int, **options: Any) -> mx.array:
+        out = decode(*arrays, splits=splits, **options)
+        return mx.where(out == out.max(), mx.nan, out) if splits == wrong_splits else out
+
+    monkeypatch.setattr(kernel, "decode", broken)
+    with pytest.warns(RuntimeWarning, match="its results are not finite"):
+        np.testing.assert_array_equal(attend(), wanted)
+    assert not launches
+    (kept,) = verdicts()
+    assert kept["error"] is None
 
 
 @pytest.mark.usefixtures("metal")
@@ -285,7 +311,7 @@ def test_softcap_and_learned_sinks_are_checked_for_themselves(
     (kept,) = verdicts()
     assert kept["kernel"] == f"decode-float32-d16-gqa2-n1-rope16-halves-{name}"
     plant(monkeypatch, good, bad)
-    selfcheck.forget()
+    check_decode.forget()
     attend()
     assert len(launches) == 2
     with pytest.warns(RuntimeWarning, match=f"{name} is not used .*its results are off by"):
@@ -310,10 +336,10 @@ def test_a_quantised_ring_goes_to_its_own_kernel(n: int, monkeypatch: pytest.Mon
         return np.array(sink_attention(q, *(x.expanded() for x in held), packed=held, **options))
 
     with monkeypatch.context() as patch:
-        patch.setenv(selfcheck.SWITCH, "off")
-        selfcheck.forget()
+        patch.setenv(trust.SWITCH, "off")
+        check_decode.forget()
         wanted = attend_packed()
-    selfcheck.forget()
+    check_decode.forget()
     served: list[int] = []
     decode_packed = attention.decode_packed
 
@@ -333,7 +359,7 @@ def test_a_quantised_ring_goes_to_its_own_kernel(n: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         source, "text", lambda name: text(name).replace("(unit >> (j * BITS))", wrong)
     )
-    selfcheck.forget()
+    check_decode.forget()
     with pytest.warns(RuntimeWarning, match="k8v4g32 is not used .*its results are off by"):
         # The plain kernel, on the expanded rows, still may.
         np.testing.assert_allclose(attend_packed(), wanted, atol=2e-6)
@@ -342,21 +368,21 @@ def test_a_quantised_ring_goes_to_its_own_kernel(n: int, monkeypatch: pytest.Mon
 
 def _ops(monkeypatch: pytest.MonkeyPatch, **options: Any) -> np.ndarray:
     with monkeypatch.context() as patch:
-        patch.setenv(selfcheck.SWITCH, "off")
-        selfcheck.forget()
+        patch.setenv(trust.SWITCH, "off")
+        check_decode.forget()
         out = attend(**options)
-    selfcheck.forget()
+    check_decode.forget()
     return out
 
 
 def test_on_without_metal_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(selfcheck.SWITCH, "on")
+    monkeypatch.setenv(trust.SWITCH, "on")
     with pytest.raises(KernelError, match="MLX_SINK_KERNEL is on, but MLX has no Metal"):
         attend()
 
 
 def test_a_word_that_the_switch_does_not_know(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(selfcheck.SWITCH, "yes")
+    monkeypatch.setenv(trust.SWITCH, "yes")
     with pytest.raises(ConfigError, match="MLX_SINK_KERNEL must be auto, on or off, got 'yes'"):
         attend()
 
@@ -366,7 +392,7 @@ def test_a_folder_that_cannot_be_written_costs_no_more_than_a_check(
     launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path / "file" / "verdicts"))
+    monkeypatch.setenv(trust.FOLDER, str(tmp_path / "file" / "verdicts"))
     attend()
     assert len(launches) == 1
 
@@ -385,8 +411,8 @@ def test_same_tokens_as_the_ops(
     command += ["--max-tokens", "16", "--temp", "0", "--ignore-eos"]
     outcomes: list[object] = []
     for mode in ("off", "on"):
-        monkeypatch.setenv(selfcheck.SWITCH, mode)
-        selfcheck.forget()
+        monkeypatch.setenv(trust.SWITCH, mode)
+        check_decode.forget()
         assert not launches
         stream = mlx_sink.stream_generate(model, tokenizer, "the cat", 36, ignore_eos=True)
         outcomes.append([response.token for response in stream])

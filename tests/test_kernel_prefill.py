@@ -24,6 +24,7 @@ from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
 from mlx_sink.kernels import prefill as kernel
 from mlx_sink.kernels import source
+from mlx_sink.kernels.tables import PrefillTables, prefill_tables
 
 DTYPES = list(TOLERANCES)
 W = 30
@@ -54,8 +55,8 @@ def tile(case: Case) -> kernel.Tile:
 def prepared(case: Case) -> Arrays:
     size = tile(case).queries
 
-    def make(layout: Layout, rotation: Rotation) -> kernel.Tables:
-        return kernel.tables_of(layout, layout.ring.tokens, layout.end, rotation, size)
+    def make(layout: Layout, rotation: Rotation) -> PrefillTables:
+        return prefill_tables(layout, layout.ring.tokens, layout.end, rotation, size)
 
     return arrays(case, make)
 
@@ -325,7 +326,7 @@ def test_tables_for_other_tiles_are_refused():
     case = Case(SWITCH, n=20)
     a = prepared(case)
     layout = case.layouts[0]
-    other = kernel.tables_of(layout, layout.ring.tokens, layout.end, case.rotation, 16)
+    other = prefill_tables(layout, layout.ring.tokens, layout.end, case.rotation, 16)
     with pytest.raises(KernelError, match="tables must be for tiles of 32 queries, got 16"):
         run(case, replace(a, tables=other))
     wide = mx.zeros((1, 4, 20, 1024))
@@ -337,7 +338,7 @@ def test_too_many_ranges_are_refused():
     layout = layout_of(Ring(0, 20, 60, 40), 12)
     runs = tuple(Run(2 * token, token, 1) for token in range(20, 52))
     with pytest.raises(KernelError, match="at most 8 ranges, got 31"):
-        kernel.tables_of(replace(layout, runs=runs), 40, 52, Rotation([]), 32)
+        prefill_tables(replace(layout, runs=runs), 40, 52, Rotation([]), 32)
 
 
 def test_tables_are_made_once_a_step():
@@ -345,7 +346,7 @@ def test_tables_are_made_once_a_step():
     case = Case(SWITCH, n=20)
     layout, rotation = case.layouts[0], case.rotation
     asked = (layout, layout.ring.tokens, layout.end, rotation, 32)
-    assert kernel.tables_of(*asked) is kernel.tables_of(*asked)
+    assert prefill_tables(*asked) is prefill_tables(*asked)
 
 
 def test_text_is_plain():

@@ -23,11 +23,12 @@ from test_attention import Extras, Heads, Stream, attended, brute_force
 import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.attention import dispatch as attention
+from mlx_sink.attention import reference
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.ring import Ring, layout_of
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import prefillcheck, selfcheck, source
+from mlx_sink.kernels import check_decode, check_prefill, source, trust
 
 ROPE = nn.RoPE(16, base=100.0)
 FREQUENCIES = 100.0 ** -(np.arange(0, 16, 2) / 16)
@@ -35,14 +36,19 @@ RING = Ring(num_sinks=2, window=9, epoch=20, tokens=65, start=60, previous=40)
 NAME = "prefill-float32-d16-rope16-halves"
 
 
+def forget() -> None:
+    check_decode.forget()
+    check_prefill.forget()
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing settled before, and verdicts kept in a folder of the test's own."""
-    monkeypatch.delenv(selfcheck.SWITCH, raising=False)
-    monkeypatch.setenv(selfcheck.FOLDER, str(tmp_path / "verdicts"))
-    prefillcheck.forget()
+    monkeypatch.delenv(trust.SWITCH, raising=False)
+    monkeypatch.setenv(trust.FOLDER, str(tmp_path / "verdicts"))
+    forget()
     yield
-    prefillcheck.forget()
+    forget()
 
 
 @pytest.fixture
@@ -56,7 +62,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fast(metal: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU on which the kernel is faster: the runner never is."""
-    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 2.5)
+    monkeypatch.setattr(check_prefill, "speedup", lambda spec: 2.5)
 
 
 @pytest.fixture
@@ -92,15 +98,15 @@ def attend(
 
 def by_ops(**options: Any) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(selfcheck.SWITCH, "off")
-        prefillcheck.forget()
+        patch.setenv(trust.SWITCH, "off")
+        forget()
         out = attend(**options)
-    prefillcheck.forget()
+    forget()
     return out
 
 
 def verdicts() -> dict[str, dict[str, Any]]:
-    kept = [json.loads(path.read_text()) for path in selfcheck.folder().glob("*.json")]
+    kept = [json.loads(path.read_text()) for path in trust.folder().glob("*.json")]
     return {verdict["kernel"]: verdict for verdict in kept}
 
 
@@ -126,10 +132,10 @@ def test_not_without_metal(launches: list[tuple[int, ...]], monkeypatch: pytest.
     attend()
     monkeypatch.setattr(source, "backend", lambda: "cuda")
     monkeypatch.setattr(source, "device", lambda: mx.Device(mx.cpu))
-    prefillcheck.forget()
+    forget()
     attend()
     assert not launches
-    assert not selfcheck.folder().exists()
+    assert not trust.folder().exists()
 
 
 @pytest.mark.usefixtures("fast")
@@ -146,15 +152,15 @@ def test_a_slower_kernel_does_not_serve(
 ):
     """It is no mistake, so there is no warning; the verdict says how fast it was."""
     wanted = by_ops()
-    monkeypatch.setattr(prefillcheck, "speedup", lambda spec: 0.8)
+    monkeypatch.setattr(check_prefill, "speedup", lambda spec: 0.8)
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             np.testing.assert_array_equal(attend(), wanted)
-        prefillcheck.forget()
+        forget()
     assert not launches
     assert verdicts()[NAME]["speedup"] == 0.8
-    monkeypatch.setenv(selfcheck.SWITCH, "on")
+    monkeypatch.setenv(trust.SWITCH, "on")
     np.testing.assert_allclose(attend(), wanted, atol=2e-6)
     assert len(launches) == 1, "`on` asks for the kernel, whatever its speed"
 
@@ -163,10 +169,10 @@ def test_a_slower_kernel_does_not_serve(
 def test_the_kernel_is_timed(launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch):
     """Both sides run, and what was measured decides."""
     small = Ring(num_sinks=4, window=20, epoch=40, tokens=90, start=80, previous=40)
-    monkeypatch.setattr(prefillcheck, "TIMED_RING", small)
-    monkeypatch.setattr(prefillcheck, "TIMED_CHUNK", 16)
+    monkeypatch.setattr(check_prefill, "TIMED_RING", small)
+    monkeypatch.setattr(check_prefill, "TIMED_CHUNK", 16)
     ran: list[str] = []
-    for module, name in ((prefillcheck.prefill, "prefill"), (prefillcheck.reference, "attend")):
+    for module, name in ((check_prefill.prefill, "prefill"), (reference, "attend")):
         whole = getattr(module, name)
 
         def noted(*given: Any, name: str = name, whole: Any = whole, **options: Any) -> mx.array:
@@ -179,8 +185,8 @@ def test_the_kernel_is_timed(launches: list[tuple[int, ...]], monkeypatch: pytes
     assert measured > 0
     assert (len(launches) == 1) == (measured > 1)
     # One of each for the check, and one of each for the warm-up and every round.
-    assert ran.count("prefill") == 1 + prefillcheck.ROUNDS + 1
-    assert ran.count("attend") >= 2 + prefillcheck.ROUNDS + 1
+    assert ran.count("prefill") == 1 + check_prefill.ROUNDS + 1
+    assert ran.count("attend") >= 2 + check_prefill.ROUNDS + 1
 
 
 MISTAKES = {
@@ -230,9 +236,9 @@ def test_a_wrong_kernel_does_not_serve(
         (warning,) = said
         assert f"{NAME}" in str(warning.message)
         assert reason in str(warning.message)
-        prefillcheck.forget()
+        forget()
     assert not launches
-    monkeypatch.setenv(selfcheck.SWITCH, "on")
+    monkeypatch.setenv(trust.SWITCH, "on")
     with pytest.raises(KernelError, match=reason):
         attend(**options)
 
@@ -284,8 +290,8 @@ def test_same_tokens_as_the_ops(
     prompt = "the cat and the dog went to the sea and the cat sat down. " * 4
     outcomes: list[list[int]] = []
     for mode in ("off", "on"):
-        monkeypatch.setenv(selfcheck.SWITCH, mode)
-        prefillcheck.forget()
+        monkeypatch.setenv(trust.SWITCH, mode)
+        forget()
         assert not launches
         stream = mlx_sink.stream_generate(model, tokenizer, prompt, 12, ignore_eos=True)
         outcomes.append([response.token for response in stream])

@@ -20,13 +20,15 @@ from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache.group import CacheGroup, leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.models.architectures import position_limit
-from mlx_sink.models.layers import bounded_caches, common_epoch, native_caches
+from mlx_sink.models.layers import Kind, bounded_caches, common_epoch, native_caches
 
 CONFIG = SinkConfig(3, 10, epoch=17, rollback=2)
 
 
-def make(config: SinkConfig, chunked: bool) -> SinkCache:
-    return SinkCache(config, Rotation([]), chunked=chunked)
+def make(config: SinkConfig, kind: Kind) -> SinkCache:
+    cache = SinkCache(config, Rotation([]), chunked=kind is Kind.CHUNK)
+    cache.kind = kind
+    return cache
 
 
 def bounded(*native: Any, config: SinkConfig = CONFIG) -> list[Any]:
@@ -34,20 +36,20 @@ def bounded(*native: Any, config: SinkConfig = CONFIG) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("native", "num_sinks", "window", "chunked"),
+    ("native", "num_sinks", "window", "kind"),
     [
-        (theirs.KVCache(), 3, 10, False),
-        (theirs.RotatingKVCache(max_size=6), 0, 6, False),
-        (theirs.RotatingKVCache(max_size=6, keep=0), 0, 6, False),
-        (theirs.ChunkedKVCache(8), 0, 8, True),
+        (theirs.KVCache(), 3, 10, Kind.FULL),
+        (theirs.RotatingKVCache(max_size=6), 0, 6, Kind.WINDOW),
+        (theirs.RotatingKVCache(max_size=6, keep=0), 0, 6, Kind.WINDOW),
+        (theirs.ChunkedKVCache(8), 0, 8, Kind.CHUNK),
     ],
     ids=["full", "window", "keep 0", "chunks"],
 )
-def test_what_would_grow_becomes_a_ring(native: Any, num_sinks: int, window: int, chunked: bool):
+def test_what_would_grow_becomes_a_ring(native: Any, num_sinks: int, window: int, kind: Kind):
     """In the same epochs and with the same spare slots: some models have one offset for all."""
     (cache,) = bounded(native)
     ring = cache.ring
-    assert (ring.num_sinks, ring.window, ring.chunked) == (num_sinks, window, chunked)
+    assert (ring.num_sinks, ring.window, cache.kind) == (num_sinks, window, kind)
     assert (ring.epoch, ring.rollback, ring.slots) == (17, 2, num_sinks + window + 2)
 
 

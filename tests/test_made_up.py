@@ -63,6 +63,12 @@ def test_what_breaks_it_is_refused(kind: type[Attention]):
     assert refusal(Model(kind), DEFAULT).startswith(f"made_up is not supported: {BREAKS[kind]}")
 
 
+def test_a_reason_does_not_depend_on_the_sinks():
+    """What a model does with its caches is seen alike under every configuration."""
+    kind = made_up_broken.AsksWindow
+    assert refusal(Model(kind), SinkConfig(0, 10)) == refusal(Model(kind), CONFIG)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [(Attention, FastProducts), (FastProducts, Attention), (OwnProducts, Attention)],

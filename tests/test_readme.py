@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mlx_sink
+from mlx_sink.commands import entry
 from mlx_sink.commands.generate.command import main
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +36,7 @@ def test_commands_are_understood(name: str):
     commands = re.findall(rf"python -m mlx_sink\.{name} (.*)", text)
     assert commands
     for command in commands:
-        module = importlib.import_module(f"mlx_sink.{name}")
-        module.parser().parse_args(shlex.split(command, comments=True))
+        entry.command(name).parser().parse_args(shlex.split(command, comments=True))
 
 
 def test_scripts_exist_and_are_named():

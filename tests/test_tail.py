@@ -37,7 +37,7 @@ def test_lines_come_when_they_are_whole(file: Path):
     append(file, "thr")
     assert all_of(tail) == []
     append(file, "ee\n\nfour\r\nfi")
-    assert all_of(tail) == ["three\n", "\n", "four\r\n"]
+    assert all_of(tail) == ["three\n", "\n", "four\n"]
     assert tail.place["offset"] == len("one\ntwo\nthree\n\nfour\r\n")
     assert not tail.ended
 
@@ -67,6 +67,73 @@ def test_bytes_that_are_no_text_are_replaced(file: Path):
     text = "".join(all_of(tail))
     assert text.startswith("one\ntwo\n\ufffd\ufffd\n\ufffd")
     assert tail.place["offset"] == file.stat().st_size
+
+
+WORDS = "né 😀\n\nmarker\nlast\n"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_lines_of_any_writer_are_the_same_lines(codec: str, end: str, size: int, tmp_path: Path):
+    """Whatever the encoding and the line ends, and however the bytes come."""
+    mark = "\ufeff" if codec == "utf-16-be" else ""
+    data = (mark + WORDS.replace("\n", end)).encode(codec)
+    file, pieces = tmp_path / "log", []
+    file.write_bytes(b"")
+    tail = Tail(str(file))
+    for at in range(0, len(data), size):
+        append(file, data[at : at + size])
+        pieces += all_of(tail)
+        tail = Tail(str(file), tail.place)
+    if end == "\r":  # half of an end, for all that is known
+        assert pieces == WORDS.splitlines(keepends=True)[:-1]
+    else:
+        assert pieces == WORDS.splitlines(keepends=True)
+
+
+def test_a_long_line_of_two_byte_units_is_cut_between_characters(tmp_path: Path):
+    line = "😀é" * 3000 + "\n"
+    file = tmp_path / "log"
+    file.write_bytes(line.encode("utf-16"))
+    pieces = all_of(Tail(str(file)))
+    assert len(pieces) > 3
+    assert "".join(pieces) == line
+
+
+def test_it_says_once_that_bytes_are_no_text(file: Path):
+    said: list[str] = []
+    tail = Tail(str(file), say=said.append)
+    append(file, b"caf\xe9\n\xe9\n")
+    all_of(tail)
+    assert len(said) == 1
+    assert "see byte 11" in said[0]
+
+
+@pytest.mark.parametrize("lines", [3, 40])
+def test_a_file_written_anew_in_place_loses_no_line(lines: int, tmp_path: Path):
+    """It outgrows its old size between two looks: nothing but its bytes tells."""
+    file, said = tmp_path / "log", []
+    file.write_text("".join(f"old {i}\n" for i in range(20)) + "torn")
+    tail = Tail(str(file), say=said.append)
+    assert len(all_of(tail)) == 20
+    new = [f"new line number {i}\n" for i in range(lines)]
+    file.write_text("".join(new))
+    assert all_of(tail) == ["torn\n", *new]
+    assert len(said) == 1
+    assert "from its beginning" in said[0]
+
+
+def test_one_written_anew_while_the_command_was_away(tmp_path: Path):
+    """Its end may look as before: its beginning does not."""
+    file, said = tmp_path / "log", []
+    file.write_text("monday\n" + "beat\n" * 100)
+    tail = Tail(str(file))
+    all_of(tail)
+    file.write_text("sunday\n" + "beat\n" * 200)
+    again = Tail(str(file), tail.place, said.append)
+    assert len(all_of(again)) == 201
+    assert "another one by now" in said[0]
 
 
 def test_an_endless_line_takes_no_memory():
@@ -112,7 +179,7 @@ def test_what_a_rotated_file_did_not_finish_is_a_line(file: Path):
     append(file, "last words")
     file.rename(file.with_name("log.1"))
     file.write_text("new\n")
-    assert all_of(tail) == ["one\n", "two\n", "last words", "new\n"]
+    assert all_of(tail) == ["one\n", "two\n", "last words\n", "new\n"]
 
 
 def test_what_comes_just_before_the_new_file_is_not_lost(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import made_up_broken
@@ -20,18 +20,18 @@ from mlx_lm.models.llama import ModelArgs
 from mlx_sink import SinkConfig, UnsupportedModelError, attach
 from mlx_sink.attention.rope import RopeCall, Rotation
 from mlx_sink.models.hook import hook
-from mlx_sink.models.trace import Seen, WatchedCache, _watch, rope_call, watch
+from mlx_sink.models.trace import CacheTrace, _watch, rope_call, watch
 
 CONFIG = SinkConfig(3, 10, epoch=17)
 ROPE = mx.fast.rope
-FARTHEST = 5000
 
 
-def seen_of(kind: type[Attention], layers: int = 2) -> list[list[Seen]]:
+def watched(kind: type[Attention], layers: int = 2) -> tuple[Sequence[CacheTrace], ...]:
     """Watch a made-up model near and far."""
     model = Model(kind, layers=layers)
     hook(model)
-    return watch(model, lambda: [WatchedCache(CONFIG) for _ in model.layers], FARTHEST)
+    trace = watch(model, CONFIG)
+    return trace.chunk, trace.token
 
 
 def rotate(
@@ -40,17 +40,18 @@ def rotate(
     return mx.fast.rope(x, dims, traditional=traditional, base=base, scale=1.0, offset=offset)
 
 
-def base_of(seen: Seen) -> float | None:
-    return None if seen.rope is None else seen.rope.base
+def base_of(trace: CacheTrace) -> float | None:
+    return None if trace.rope is None else trace.rope.base
 
 
 def test_shapes_and_calls():
-    near, far = seen_of(Attention)
-    for seen, n in ((near, 2), (far, 1)):
-        for layer in seen:
+    near, far = watched(Attention)
+    for traces, n in ((near, 2), (far, 1)):
+        assert [layer.layer for layer in traces] == [0, 1]
+        for layer in traces:
             assert layer.keys == layer.values == (1, 2, n, HEAD_DIM)
-            assert (layer.itemsize, layer.calls, layer.attended, layer.rotated) == (4, 1, 1, 0)
-            assert layer.made == HEAD_DIM
+            assert (layer.calls, layer.attended, layer.rotated, layer.length) == (1, 1, 0, 0)
+            assert layer.attended_width == HEAD_DIM
             assert layer.rope.is_like(RopeCall(HEAD_DIM, HEAD_DIM, False, 100.0, 1.0, None))
             assert not layer.lends
 
@@ -66,8 +67,8 @@ class Decoy(Attention):
 
 def test_the_rotation_is_that_of_the_very_keys():
     """Not the last one before the cache, and no quarrel between the two."""
-    for seen in seen_of(Decoy):
-        assert [base_of(layer) for layer in seen] == [100.0, 100.0]
+    for traces in watched(Decoy):
+        assert [base_of(layer) for layer in traces] == [100.0, 100.0]
 
 
 class RotatedValues(Attention):
@@ -80,9 +81,9 @@ class RotatedValues(Attention):
 
 
 def test_rotated_values_are_found():
-    for seen in seen_of(RotatedValues):
-        assert [layer.rotated for layer in seen] == [1, 1]
-        assert [base_of(layer) for layer in seen] == [100.0, 100.0]
+    for traces in watched(RotatedValues):
+        assert [layer.rotated for layer in traces] == [1, 1]
+        assert [base_of(layer) for layer in traces] == [100.0, 100.0]
 
 
 class Behind(Attention):
@@ -98,8 +99,8 @@ class Behind(Attention):
 
 def test_parts_that_are_joined_are_found_by_what_was_called():
     """The keys are no call's output then: what was called since the layer before counts."""
-    for seen in seen_of(Behind):
-        for layer in seen:
+    for traces in watched(Behind):
+        for layer in traces:
             assert base_of(layer) == 9.0
             rotation = Rotation.of(layer.rope, layer.keys[-1])
             assert (rotation.start, rotation.dims) == (3, HEAD_DIM - 4)
@@ -117,8 +118,8 @@ class Alternating(Attention):
 
 def test_each_layer_has_its_own():
     """What rotated the queries of one layer must not be taken for the next one's."""
-    for seen in seen_of(Alternating, layers=4):
-        assert [base_of(layer) for layer in seen] == [10.0, 20.0, None, 40.0]
+    for traces in watched(Alternating, layers=4):
+        assert [base_of(layer) for layer in traces] == [10.0, 20.0, None, 40.0]
 
 
 class QueriesLater(Attention):
@@ -133,13 +134,13 @@ class QueriesLater(Attention):
 
 
 def test_queries_that_are_rotated_later_are_of_their_own_layer():
-    for seen in seen_of(QueriesLater, layers=4):
-        assert [base_of(layer) for layer in seen] == [100.0, None, 100.0, None]
+    for traces in watched(QueriesLater, layers=4):
+        assert [base_of(layer) for layer in traces] == [100.0, None, 100.0, None]
 
 
 def test_a_layer_with_two_embeddings_is_refused():
     with pytest.raises(UnsupportedModelError, match="more than one position embedding"):
-        seen_of(made_up_broken.TwoRopes)
+        watched(made_up_broken.TwoRopes)
 
 
 @pytest.mark.parametrize("late", ["base", "dims", "pairing", "freqs", "none"])
@@ -207,8 +208,8 @@ def test_other_threads_are_not_watched():
             thread.join()
             return q, 1.0 * k
 
-    for seen in seen_of(Threaded):
-        assert [base_of(layer) for layer in seen] == [100.0, 100.0]
+    for traces in watched(Threaded):
+        assert [base_of(layer) for layer in traces] == [100.0, 100.0]
     assert len(done) == 4
     assert all(np.array_equal(rotated, expected) for rotated in done)
 
@@ -231,7 +232,7 @@ def test_watching_takes_turns():
         call = rope_call(nn.RoPE(8, base=7.0), 8)
         bases.append(None if call is None else call.base)
 
-    assert [base_of(layer) for seen in seen_of(Meanwhile) for layer in seen] == [100.0] * 4
+    assert [base_of(layer) for traces in watched(Meanwhile) for layer in traces] == [100.0] * 4
     others[0].join()
     assert bases == [7.0]
     assert mx.fast.rope is ROPE
@@ -260,7 +261,7 @@ def test_attaching_from_several_threads():
 def test_rope_is_what_it_was_afterwards(kind: type[Attention]):
     """Whatever happened: the patch of a moment would slow down and hold on to every call."""
     try:
-        seen_of(kind)
+        watched(kind)
     except UnsupportedModelError:
         assert kind is not Attention
     else:

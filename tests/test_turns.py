@@ -21,10 +21,10 @@ import pytest
 from folder import make_folder
 
 from mlx_sink import ConfigError, InputError, OutputError, SessionError, SinkConfig, Stream, attach
-from mlx_sink.commands import options as cli
 from mlx_sink.commands.generate import resume as turns
 from mlx_sink.commands.generate.command import main
 from mlx_sink.io import tensors as store
+from mlx_sink.io import terminal
 from mlx_sink.stream.chat import frame, render_again
 
 SAMPLING = shlex.split("--temp 0.9 --top-p 0.95 --repetition-penalty 1.2 --seed 3 --ignore-eos")
@@ -99,7 +99,7 @@ def test_an_interrupted_turn_is_finished(
     """In the middle of the prompt and of the answer; the same command ends it."""
     argv = [*SAMPLING, *SMALL, *PROMPT, "--session", str(tmp_path / "s"), "-m", "60"]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Interrupt", Nth)
+        patch.setattr(terminal, "Interrupt", Nth)
         Nth.left = n
         first, _ = run(*argv, status=130)
     rest, _ = run(*argv)
@@ -112,7 +112,7 @@ def test_another_question_begins_another_turn(
 ):
     session = ["--session", str(tmp_path / "s")]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Interrupt", Nth)
+        patch.setattr(terminal, "Interrupt", Nth)
         Nth.left = 8
         run(*SAMPLING, *SMALL, *PROMPT, *session, "-m", "60", status=130)
     _, said = run(*session, "-p", "the sea", "-m", "5", "--json")
@@ -151,7 +151,7 @@ def test_without_the_prompt_it_cannot_read_on(
 ):
     session = ["--session", str(tmp_path / "s")]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Interrupt", Nth)
+        patch.setattr(terminal, "Interrupt", Nth)
         Nth.left = 1
         run(*SAMPLING, *SMALL, *PROMPT, *session, "-m", "60", status=130)
     with pytest.raises(ConfigError, match="give the prompt again"):
@@ -396,7 +396,7 @@ def test_ctrl_c_saves(number: int, status: int, folder: Path, tmp_path: Path, ru
 
 
 def test_a_second_interrupt_is_obeyed_at_once():
-    with cli.Interrupt() as interrupt:
+    with terminal.Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt()
         assert interrupt.status == 130

@@ -23,7 +23,11 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
     A `SinkError` becomes one line on stderr and status 2; so does output that cannot be
     written. A closed pipe ends quietly, Ctrl-C with status 130.
     """
+    if sys.stderr is None:  # closed by whoever called: print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open until the end
     try:
+        if sys.stdout is None:
+            raise OutputError("cannot write the output: standard output is closed")
         status = main()
     except SinkError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -36,14 +40,15 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
 
 
 def write(text: str) -> None:
-    """Write to stdout at once.
+    """Write to stdout at once; a character that its encoding lacks becomes a question mark.
 
     Raises:
         BrokenPipeError: The reader is gone.
         OutputError: The output cannot be written.
     """
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
         # Python writes what is left in its buffer once more when it exits: to nowhere, then.
@@ -54,10 +59,10 @@ def write(text: str) -> None:
 
 
 class Interrupt:
-    """Ctrl-C, or a polite kill, as a question that is asked between tokens.
+    """Ctrl-C, a polite kill or a closed terminal, as a question that is asked between tokens.
 
     Within the ``with`` block the first one is only noted, so that nothing breaks off half-way;
-    the second one interrupts at once.
+    a second Ctrl-C or kill interrupts at once. A terminal that closes may say so twice.
 
     Attributes:
         status: The exit status it asks for: 0 while there was none.
@@ -71,13 +76,16 @@ class Interrupt:
         return self.status != 0
 
     def _note(self, number: int, _: object) -> None:
-        if self.status:
+        if self.status and number != signal.SIGHUP:
             raise KeyboardInterrupt
-        self.status = 128 + number
+        self.status = self.status or 128 + number
 
     def __enter__(self) -> Interrupt:
         """Begin to listen."""
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants it ignored
+            numbers.append(signal.SIGHUP)
+        self._before = {n: signal.signal(n, self._note) for n in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

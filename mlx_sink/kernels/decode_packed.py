@@ -13,15 +13,20 @@ import mlx.core as mx
 
 from mlx_sink.attention.packed import Packed
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import arguments, decode, source
-from mlx_sink.kernels.decode import Tables
+from mlx_sink.kernels import decode, inputs, source
+from mlx_sink.kernels.tables import DecodeTables
 
 TEXTS = ("decode_common", "packed_rows", "decode_packed", "decode", "decode_merge")
 """Files of kernel text."""
 
 _INPUTS = (
-    *("q", "k", "v", "ranges", "turns", "learned", "scalars"),
-    *("k_words", "k_scales", "k_biases", "v_words", "v_scales", "v_biases"),
+    *decode.INPUTS,
+    "k_words",
+    "k_scales",
+    "k_biases",
+    "v_words",
+    "v_scales",
+    "v_biases",
 )
 
 
@@ -29,7 +34,7 @@ def decode_packed(
     queries: mx.array,
     keys: Packed,
     values: Packed,
-    tables: Tables,
+    tables: DecodeTables,
     *,
     scale: float,
     softcap: float | None = None,
@@ -42,7 +47,7 @@ def decode_packed(
         queries: ``[B, n_heads, L, head_dim]`` after RoPE; float16, bfloat16 or float32.
         keys: Rows after RoPE, quantised; the arrays may be strided, but not within a row.
         values: Likewise; of as many rows, and in groups of the same size.
-        tables: Of `decode.tables_of`, ``packed``.
+        tables: Of `tables.decode_tables`, ``packed``.
         scale: Factor on q.k.
         softcap: As in `decode.decode`.
         learned_sinks: As in `decode.decode`.
@@ -67,12 +72,18 @@ def decode_packed(
         splits,
         (keys.bits, values.bits, keys.group_size),
     )
-    inputs = [
-        *(mx.contiguous(queries), _plain(keys), _plain(values), tables.ranges, tables.turns),
-        *(arguments.logits(learned_sinks), arguments.scalars(scale, softcap, keys.n_sinks)),
-        *(part for rows in (keys, values) for part in _parts(rows)),
+    arrays = [
+        mx.contiguous(queries),
+        _plain(keys),
+        _plain(values),
+        tables.ranges,
+        tables.turns,
+        inputs.logits(learned_sinks),
+        inputs.scalars(scale, softcap, keys.n_sinks),
+        *_parts(keys),
+        *_parts(values),
     ]
-    return decode.launched(_pass_1(), launch, inputs, queries.dtype)
+    return decode.launched(_pass_1(), launch, arrays, queries.dtype)
 
 
 def _plain(rows: Packed) -> mx.array:

@@ -8,20 +8,15 @@ sees are neither loaded nor multiplied, and there is no mask.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_sink.attention.ring import Block, KeyRange, Layout, Turn
-from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import arguments, source
+from mlx_sink.kernels import inputs, source
+from mlx_sink.kernels.tables import PrefillTables
 
-MAX_RANGES = 8
-"""Runs of rows under one turn that a tile of queries may see."""
 TEXTS = ("decode_common", "prefill_common", "prefill")
 """Files of kernel text."""
 
@@ -37,41 +32,6 @@ class Tile:
 
     queries: int
     keys: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """What the queries of a chunk see, as the kernel reads it.
-
-    Attributes:
-        ranges: Runs of rows for each tile, ``[B or 1, tiles, 8, 8]`` int32; the columns are in
-            the kernel's text.
-        turns: Cosines and sines, ``[B or 1, (1 + n) * dims]`` float32 (at least 8): those of the
-            previous epoch's turn, then those of each query towards the sinks.
-        n: Queries of the chunk.
-        size: Queries of a tile.
-        last: The last row that is read, plus 1.
-        dims: Rotated dimensions.
-        interleaved: As in `Rotation`.
-    """
-
-    ranges: mx.array
-    turns: mx.array
-    n: int
-    size: int
-    last: int
-    dims: int
-    interleaved: bool
-
-    @classmethod
-    def stack(cls, rows: Sequence[Tables]) -> Tables:
-        """Return the tables of a batch whose sequences stand at different tokens."""
-        a = rows[0]
-        return cls(
-            mx.concatenate([t.ranges for t in rows]),
-            mx.concatenate([t.turns for t in rows]),
-            *(a.n, a.size, max(t.last for t in rows), a.dims, a.interleaved),
-        )
 
 
 @functools.cache
@@ -90,58 +50,8 @@ def tile_of(head_dim: int, v_head_dim: int, dtype: mx.Dtype) -> Tile | None:
     return None
 
 
-@functools.lru_cache(maxsize=4)
-def tables_of(layout: Layout, first: int, last: int, rotation: Rotation, size: int) -> Tables:
-    """Make the tables of some queries of a call; all layers ask for the same in a step.
-
-    Args:
-        layout: The call.
-        first: Token of the first query.
-        last: Token after the last query.
-        rotation: The layer's rotary embedding.
-        size: Queries of a tile, of `tile_of`.
-
-    Raises:
-        KernelError: A tile's keys lie in more ranges than the kernel serves.
-    """
-    starts = range(first, last, size)
-    ranges = np.zeros((1, len(starts), MAX_RANGES, 8), np.int32)
-    end = 0
-    for i, start in enumerate(starts):
-        block = layout.block(start, min(start + size, last))
-        rows = [_range_row(r, block, layout.ring.window) for r in block.ranges]
-        if len(rows) > MAX_RANGES:
-            raise KernelError(
-                f"the keys of a tile must lie in at most {MAX_RANGES} ranges, got {len(rows)}"
-            )
-        ranges[0, i, : len(rows)] = rows
-        end = max(end, *(r.row + r.length for r in block.ranges))
-    turns = _turn_row(layout, first, last, rotation)
-    pairs = rotation.dims, rotation.interleaved
-    return Tables(mx.array(ranges), mx.array(turns), last - first, size, end, *pairs)
-
-
-def _range_row(r: KeyRange, block: Block, window: int) -> tuple[int, ...]:
-    # Only small differences count, and tokens of an endless stream outgrow int32.
-    token = max(r.token - block.first, -r.length) if r.sinks else r.token - block.first
-    # The last query sees no window key before `oldest`, the first none after itself.
-    oldest = r.token if r.sinks else block.last - window
-    seen_from, seen_to = max(0, oldest - r.token), min(r.length, block.first + 1 - r.token)
-    reach = arguments.FAR if r.sinks else window
-    return (r.row, r.length, int(r.turn), token, reach, seen_from, seen_to, 0)
-
-
-def _turn_row(layout: Layout, first: int, last: int, rotation: Rotation) -> np.ndarray:
-    """Return cosines and sines of the previous epoch's turn and the sinks', worked out in f64."""
-    queries = slice(first - layout.ring.tokens, last - layout.ring.tokens)
-    previous, sinks = (list(layout.turns(turn))[queries] for turn in (Turn.PREVIOUS, Turn.SINK))
-    angles = np.multiply.outer(np.array([previous[0], *sinks], np.float64), rotation.frequencies)
-    row = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32).ravel()
-    return np.pad(row, (0, max(0, 8 - row.size)))[None]
-
-
 @dataclass(frozen=True, slots=True)
-class Launch:
+class PrefillLaunch:
     """How arrays of some shapes are served: what is compiled, and over which grid."""
 
     template: list[tuple[str, Any]]
@@ -154,7 +64,7 @@ def prefill(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    tables: Tables,
+    tables: PrefillTables,
     *,
     scale: float,
     softcap: float | None = None,
@@ -192,8 +102,13 @@ def prefill(
     )
     (out,) = _kernel()(
         inputs=[
-            *(mx.contiguous(queries), keys, values, tables.ranges, tables.turns),
-            *(arguments.logits(learned_sinks), arguments.scalars(scale, softcap)),
+            mx.contiguous(queries),
+            keys,
+            values,
+            tables.ranges,
+            tables.turns,
+            inputs.logits(learned_sinks),
+            inputs.scalars(scale, softcap),
         ],
         template=launch.template,
         grid=launch.grid,
@@ -213,12 +128,12 @@ def _launch(
     tables: tuple[int, int, int, int],
     rotation: tuple[int, bool],
     options: tuple[bool, tuple[int, ...] | None],
-) -> Launch:
+) -> PrefillLaunch:
     """Check a call and lay it out; once for all calls that look alike."""
     batch, n, last, size = tables
     capped, learned = options
-    arguments.check(
-        *(q, k, v, dtypes), batch=batch, n=n, last=last, dims=rotation[0], learned=learned
+    inputs.validate(
+        q, k, v, dtypes, batch=batch, n=n, last=last, dims=rotation[0], learned=learned
     )
     (B, H, L, D), DV, dtype = q, v[3], dtypes[0]
     tile = tile_of(D, DV, dtype)
@@ -228,12 +143,18 @@ def _launch(
         raise KernelError(f"tables must be for tiles of {tile.queries} queries, got {size}")
     threads = 4 * size  # a simdgroup for every 8 queries
     template = [
-        *(("T", dtype), ("D", D), ("DV", DV), ("SG", size // 8)),
-        *(("BK", tile.keys), ("DIMS", rotation[0]), ("INTERLEAVED", rotation[1])),
-        *(("SOFTCAP", capped), ("LSINK", learned is not None)),
+        ("T", dtype),
+        ("D", D),
+        ("DV", DV),
+        ("SG", size // 8),
+        ("BK", tile.keys),
+        ("DIMS", rotation[0]),
+        ("INTERLEAVED", rotation[1]),
+        ("SOFTCAP", capped),
+        ("LSINK", learned is not None),
     ]
     grid = (threads * -(-L // size), H, B)
-    return Launch(template, grid, (threads, 1, 1), (B, H, L, DV))
+    return PrefillLaunch(template, grid, (threads, 1, 1), (B, H, L, DV))
 
 
 @functools.cache

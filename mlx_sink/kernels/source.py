@@ -1,4 +1,4 @@
-"""The text of the kernels: found, cleared of comments, and built for Metal or for CUDA."""
+"""Find the text of the kernels, remove its comments, and build it for Metal or for CUDA."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ def folder() -> Path:
     """Return where the text is: in the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     return next(path for path in (package / "metal", package.parent / "metal") if path.is_dir())
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Return the names of all files of kernel text."""
+    return tuple(sorted(path.stem for path in folder().glob("*.metal")))
 
 
 @functools.cache
@@ -120,7 +126,7 @@ def build(
 def stamp(*names: str) -> str:
     """Return a hash of files of kernel text, and of what stands before them on this machine.
 
-    What was found about one text holds for no other.
+    A verdict on one text holds for no other.
     """
     parts = [backend(), cuda_header(), *map(text, names)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -28,13 +28,13 @@ def machine() -> dict[str, Any]:
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "device": "gpu" if on_gpu else "cpu",
         "matmul_gflops_float32": round(gflops, 1),
         "fast_blas": on_gpu or gflops > FAST_GFLOPS,
         "python": platform.python_version(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory": memory(),
         **{name: metadata.version(name) for name in ("mlx-sink", "mlx", "mlx-lm")},
     }
 
@@ -133,7 +133,13 @@ def timed(run: Callable[[], object]) -> Side:
     return Side(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _processor() -> str:
+def memory() -> int:
+    """Return the machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processor() -> str:
+    """Return the name of the chip."""
     if mx.metal.is_available():
         return str(cast("dict[str, Any]", cast("Any", mx).device_info()).get("device_name"))
     try:

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from mlx_sink.commands import plots
 from mlx_sink.commands.compare import page
+from mlx_sink.commands.numbers import add_integer, add_real
 from mlx_sink.commands.options import Parser, add_model_options, add_sink_options, program
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io import terminal
+from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
 from mlx_sink.measure import losses, resume
@@ -31,7 +33,6 @@ from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
 from mlx_sink.models.lazy import weight_bytes
 from mlx_sink.models.load import load_unattached
-from mlx_sink.stream.chat import read_text
 from mlx_sink.stream.session import fingerprint
 
 PROG = program("compare")
@@ -61,10 +62,13 @@ def parser() -> Parser:
         help="where to measure: 1K 4K 16K, or 1K..1M (default) for each doubling up to the end",
     )
     add("--arms", nargs="+", choices=arms.NAMES, default=arms.USUAL, help="what to compare")
-    add("--prefill-step-size", type=int, default=512, help="tokens read at once (512)")
-    add("--arm-minutes", type=float, default=3.0, help="reading time of an arm at most (3)")
-    add("--samples", type=int, default=64, help="tokens between lengths to recompute (64)")
-    add("--trials", type=int, default=8, help="questions for each place and arm; 0 for none (8)")
+    add_integer(p, "--prefill-step-size", least=1, default=512, help="tokens read at once")
+    what = "reading time of an arm at most, in minutes"
+    add_real(p, "--arm-minutes", least=0, above=True, default=3, help=what)
+    what = "tokens between lengths to recompute"
+    add_integer(p, "--samples", least=1, default=64, help=what)
+    what = "questions for each place and arm; 0 for none"
+    add_integer(p, "--trials", least=0, default=8, help=what)
     add(
         "--output",
         type=Path,
@@ -115,7 +119,7 @@ def read_results(path: Path) -> dict[str, Any]:
         InputError: They are no results, or of another version.
     """
     try:
-        held: object = json.loads(read_text(path, repr(str(path))))
+        held: object = json.loads(text_io.read(path, repr(str(path))))
     except json.JSONDecodeError as error:
         raise InputError(f"{str(path)!r} is not JSON: {error}") from None
     found = cast("dict[str, Any]", held) if isinstance(held, dict) else {}
@@ -135,7 +139,7 @@ class _Run:
 
     def __init__(self, args: argparse.Namespace, argv: Sequence[str]):
         self.args = args
-        self.text = read_text(args.text, f"text file {args.text!r}")
+        self.text = text_io.read(args.text, f"text file {args.text!r}")
         options = {"adapter_path": args.adapter_path} if args.adapter_path else {}
         model, self.tokenizer, context, own = load_unattached(
             args.model, trust_remote_code=args.trust_remote_code, **options

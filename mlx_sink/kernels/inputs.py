@@ -1,4 +1,4 @@
-"""What the launchers share: checks of their arrays, and the small inputs of every kernel."""
+"""Check the arrays of a launch, and make the small inputs that every kernel has."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from mlx_sink.errors import KernelError
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 MAX_GROUP = 16
 """Query heads for each kv head."""
-FAR = 1 << 30
-"""The reach towards sinks: a query sees all up to its own token."""
 
 Shape = tuple[int, ...]
 
 
-def check(
+def validate(
     q: Shape,
     k: Shape,
     v: Shape,
@@ -93,8 +91,8 @@ def logits(learned_sinks: mx.array | None) -> mx.array:
     """
     if learned_sinks is None:
         return _zeros()
-    given = mx.contiguous(learned_sinks.astype(mx.float32))
-    return mx.pad(given, (0, 8 - given.size)) if given.size < 8 else given
+    exact = mx.contiguous(learned_sinks.astype(mx.float32))
+    return mx.pad(exact, (0, 8 - exact.size)) if exact.size < 8 else exact
 
 
 @functools.cache
