@@ -23,7 +23,7 @@ def what_it_is(path: Path) -> str | None:
         path: A folder that lacks a config.json or weights.
 
     Returns:
-        A sentence without its subject, as "is ..." or "holds ..."; ``None`` where nothing is known.
+        A sentence without its subject, as "is ..." or "holds ..."; ``None`` if that is unknown.
     """
     if not any(path.iterdir()):
         return "is empty"
@@ -123,7 +123,9 @@ def _tokenizer(path: Path) -> str | None:
 
 def _above(path: Path) -> str | None:
     inner = sorted(file.parent.name for file in path.glob("*/config.json"))
-    return f"holds folders of models: name one of them, such as {path / inner[0]}" if inner else None
+    if not inner:
+        return None
+    return f"holds folders of models: name one of them, such as {path / inner[0]}"
 
 
 _OTHERS = {

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 from mlx import utils
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.errors import ModelError, UnsupportedModelError, one_line
-from mlx_sink.models import demo, spelling
+from mlx_sink.models import checkpoint, spelling
 from mlx_sink.models.architectures import VERIFIED, refusal
-from mlx_sink.models.checkpoint import read_json
-from mlx_sink.models.load import DEMO
+from mlx_sink.models.load import find_config
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DEFAULT_DTYPE = "bfloat16"
@@ -33,36 +30,12 @@ def read_config(name: str) -> dict[str, Any]:
     """Read the configuration of a model, and nothing else of it.
 
     Args:
-        name: ``"demo"``, a folder with a config.json, such a file, or a Hugging Face repository,
-            of which only config.json is fetched.
+        name: As in `load.find_config`.
 
     Raises:
         ModelError: There is none, or it is damaged.
     """
-    path = _config_file(name)
-    config = read_json(path)
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{str(path)!r} names no model_type")
-    return config
-
-
-def _config_file(name: str) -> Path:
-    if name == DEMO:
-        return demo.FOLDER / "config.json"
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model folder {name!r} has no config.json")
-        return path / "config.json"
-    if name and path.is_file():
-        return path
-    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) or name.endswith(".json"):
-        raise ModelError(f"model {name!r}: no such folder, config.json or repository")
-    try:
-        # The hub's client raises errors of many packages.
-        return Path(cast("Any", huggingface_hub).hf_hub_download(name, "config.json"))
-    except Exception as error:
-        raise ModelError(f"cannot get config.json of {name!r}: {one_line(error)}") from error
+    return checkpoint.read_config(find_config(name))
 
 
 def dtype_of(config: dict[str, Any]) -> str | None:

@@ -19,67 +19,50 @@ _WORD = r"[A-Za-z0-9_][\w.-]*"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model is: in a folder, or else in a repository on the hub.
+    """Where a model is: on this machine, or else in a repository on the hub.
 
     Attributes:
-        folder: The folder.
-        repo: The repository, as ``owner/name``.
+        path: Its folder, or a file.
+        repo: The repository, as ``owner/name``, or ``name`` where it has no owner.
         revision: Its branch, tag or commit; ``None`` for the main branch.
     """
 
-    folder: Path | None = None
-    repo: str | None = None
+    path: Path | None = None
+    repo: str = ""
     revision: str | None = None
 
 
 def place_of(name: str, revision: str | None = None) -> Place:
     """Say where a model is from what it is called; nothing is downloaded.
 
-    Understood besides paths and ``owner/name``: an address on huggingface.co, ``hf://`` and
-    ``owner/name@revision``; a file of a model folder; a folder of the hub's cache.
+    Understood besides paths and ``owner/name``: an address on huggingface.co, ``hf://``,
+    ``owner/name@revision``, and a repository's folder in the hub's cache.
 
     Args:
         name: As a person writes it.
         revision: Branch, tag or commit of a repository; what the name itself says is the default.
 
     Raises:
-        ModelError: It is no model's name.
+        ModelError: It is neither a path that exists, nor a repository's name.
     """
-    name = name.strip()
     if name == demo.NAME:
         return Place(demo.FOLDER)
-    if not name:
-        raise ModelError("a model named '' does not exist: name a folder or a repository")
-    for spelled in (name, name.replace("\\", "/")):
-        path = _path(spelled)
-        if path.is_dir():
+    for spelled in dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/"))):
+        if path := _existing(spelled):
             return Place(_snapshot(path))
-        if path.exists():
-            return Place(_folder_of(path))
     return _repository(name, revision)
 
 
-def _path(name: str) -> Path:
+def _existing(name: str) -> Path | None:
     try:
-        return Path(name).expanduser()
-    except RuntimeError:  # There is no such user.
-        return Path(name)
-
-
-def _folder_of(file: Path) -> Path:
-    """Return the model folder that a file belongs to."""
-    if file.suffix == ".gguf":
-        raise ModelError(
-            f"model {str(file)!r} is a GGUF file, which mlx-lm does not read: "
-            "use the repository that it was made from"
-        )
-    if (file.parent / "config.json").is_file() and file.suffix in (".json", ".safetensors"):
-        return file.parent
-    raise ModelError(f"model {str(file)!r} is a file: name the folder that holds config.json")
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # Too long for a path; the home of nobody.
+        return None
 
 
 def _snapshot(folder: Path) -> Path:
-    """Return the snapshot inside a repository's folder of the hub's cache, or the folder itself."""
+    """Return the snapshot in a repository's folder of the hub's cache, or the folder itself."""
     main = folder / "refs" / "main"
     if folder.name.startswith("models--") and main.is_file():
         snapshot = folder / "snapshots" / main.read_text(encoding="utf-8").strip()
@@ -89,12 +72,15 @@ def _snapshot(folder: Path) -> Path:
 
 def _repository(name: str, revision: str | None) -> Place:
     """Read a name that is not that of a file or folder."""
-    scheme, is_address, repo = name.partition("://")
+    scheme, is_address, repo = name.strip().partition("://")
     if is_address and scheme.lower() != "hf":
-        repo = _of_address(name)
+        repo = _of_address(name.strip())
     elif not is_address:
-        repo = _of_address(f"https://{name}") if name.split("/")[0] in HOSTS else name
-    repo, _, own = repo.rstrip("/").partition("@")
+        repo = name.strip()
+        repo = _of_address(f"https://{repo}") if repo.split("/")[0] in HOSTS else repo
+    if repo.count("/") > 1:
+        repo = repo.rstrip("/")
+    repo, _, own = repo.partition("@")
     repo = repo.removesuffix(".git")
     if re.fullmatch(rf"{_WORD}(/{_WORD})?", repo) and not repo.endswith(".json"):
         return Place(repo=repo, revision=revision or own or None)
@@ -126,9 +112,11 @@ def _no_repository(name: str) -> str:
     """Say what a name looks like that is neither a folder nor a repository."""
     if re.fullmatch(r"(.+/)?[\w.-]+:[\w.-]+", name) and "\\" not in name:
         return (
-            f"model {name!r} is spelled as Ollama spells it, whose GGUF files mlx-lm does not read: name "
-            "a folder or a repository such as mlx-community/Llama-3.2-3B-Instruct-4bit"
+            f"model {name!r} is spelled as Ollama spells it, whose GGUF files mlx-lm does not "
+            "read: name a folder, or a repository such as "
+            "mlx-community/Llama-3.2-3B-Instruct-4bit"
         )
     return (
-        f"model folder {name!r} does not exist, nor is it a config.json or the name of a repository"
+        f"model folder {name!r} does not exist, and the name is none of a config.json or of a "
+        "repository"
     )

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.nn as nn
-import mlx_lm
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.commands.convert import progress as writing
 from mlx_sink.commands.convert.card import write_calibration
 from mlx_sink.commands.convert.quantize import Recipe, rewritten, total, weights_of
-from mlx_sink.errors import ModelError, OutputError, one_line
+from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import atomic, terminal
 from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
-from mlx_sink.models import checkpoint, settings, spelling
+from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
 from mlx_sink.models.checkpoint import Checkpoint
-from mlx_sink.models.load import find, is_remote, load_unattached
+from mlx_sink.models.load import by_mlx_lm, find_checkpoint, load_unattached, repository_of
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
 
@@ -110,8 +109,11 @@ def convert(
     """
     start = time.perf_counter()
     target, recipe = _target(Path(mlx_path)), recipe or Recipe()
-    source = checkpoint.check(find(str(hf_path), revision))
-    model, tokenizer, config = _load(str(hf_path), source, trust_remote_code)
+    source = find_checkpoint(str(hf_path), revision)
+    # Lazily: shapes and types are known, no weight is read yet.
+    model, tokenizer, config = by_mlx_lm(
+        str(hf_path), source, lazy=True, trust_remote_code=trust_remote_code
+    )
     own = Settings.of(config)
     context = checkpoint.trained_context(config)
     report = _report(model, own, context)
@@ -126,8 +128,8 @@ def convert(
             with writing.progress(folder, nbytes, shards):
                 _save(folder, source, model, tokenizer, config)
             del model
-            if is_remote(str(hf_path)):
-                _write_card(folder, str(hf_path))
+            if repository := repository_of(str(hf_path)):
+                _write_card(folder, repository)
             checkpoint.check(folder)
             if calibrate_on is not None:
                 calibration, report = _calibrated(folder, calibrate_on, trust_remote_code)
@@ -147,22 +149,6 @@ def _target(path: Path) -> Path:
         raise OutputError(f"{str(path)!r} cannot be made: there is no folder {str(path.parent)!r}")
     atomic.clean(path)
     return path
-
-
-def _load(name: str, source: Checkpoint, trust: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Load lazily: shapes and types are known, no weight is read yet."""
-    try:
-        loaded = mlx_lm.load(
-            str(source.path),
-            lazy=True,
-            return_config=True,
-            model_config=spelling.for_mlx_lm(source.config),
-            tokenizer_config={"trust_remote_code": trust},
-            trust_remote_code=trust,
-        )
-    except Exception as error:
-        raise ModelError(f"cannot load model {name!r}: {one_line(error)}") from error
-    return cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
 
 
 def _report(model: nn.Module, own: Settings, context: int | None) -> Report:
@@ -211,9 +197,7 @@ def _write_card(folder: Path, name: str) -> None:
 
 def _calibrated(folder: Path, on: Text, trust: bool) -> tuple[Calibration, Report]:
     """Measure the model as it was written, and write down what was found."""
-    loaded = load_unattached(
-        folder, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust
-    )
+    loaded = load_unattached(folder, trust_remote_code=trust)
     found = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
     for message in write_calibration(folder, found, on.name):
         terminal.say(message)
