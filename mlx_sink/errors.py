@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions whose text is one line that a user can act on."""
+"""Every error that mlx_sink raises; its message is one line that a user can act on."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class InputError(SinkError):
 
 
 class OutputError(SinkError):
-    """What was made cannot be written where it should go."""
+    """A result cannot be written to where it should go."""
 
 
 class SessionError(SinkError):
-    """A saved session cannot be gone on with: damaged, foreign, or of another model."""
+    """A saved session cannot be resumed: damaged, foreign, or of another model."""
 
 
 class ModelError(SinkError):

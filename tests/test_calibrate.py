@@ -19,8 +19,9 @@ from tiny import VOCABULARY, build, plain, random_tokens, recompute
 
 import mlx_sink
 from mlx_sink import InputError, SinkConfig
+from mlx_sink.commands import plots
 from mlx_sink.commands.convert import card as files
-from mlx_sink.measure.calibrate import TOLERANCE, Arm, Calibration, calibrate
+from mlx_sink.measure.calibrate import TOLERANCE, Calibration, Candidate, calibrate
 from mlx_sink.measure.sink_share import FIRST, sink_share
 from mlx_sink.models.architectures import VERIFIED
 from mlx_sink.models.settings import Settings
@@ -109,22 +110,22 @@ def losses(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def test_losses_are_those_of_recomputing():
-    """In a model of one layer every arm must be what plain mlx-lm makes of the visible tokens."""
+    """In a model of one layer every loss is what plain mlx-lm makes of the visible tokens."""
     model, tokens = build("llama", layers=1), random_tokens(200)
     found = calibrate(model, Ids(), text_of(tokens), context=256)
     assert found.sinks_from == 32
-    assert [(arm.num_sinks, arm.window) for arm in found.sinks] == [
+    assert [(c.num_sinks, c.window) for c in found.sinks] == [
         (0, 32), (1, 31), (2, 30), (4, 28), (8, 24),
     ]  # fmt: skip
-    assert [arm.num_sinks + arm.window for arm in found.windows] == [32, 64, 128]
+    assert [c.num_sinks + c.window for c in found.windows] == [32, 64, 128]
     assert found.windows_from == 128
-    for arms, since in ((found.sinks, 32), (found.windows, 128)):
+    for candidates, since in ((found.sinks, 32), (found.windows, 128)):
         means = []
-        for arm in arms:
-            logits = recompute(model, tokens, SinkConfig(arm.num_sinks, arm.window))
+        for candidate in candidates:
+            logits = recompute(model, tokens, SinkConfig(candidate.num_sinks, candidate.window))
             means.append(losses(logits, tokens)[since:].mean())
-            assert arm.loss == pytest.approx(means[-1], abs=1e-4)
-        assert [arm.over_best for arm in arms] == pytest.approx(
+            assert candidate.loss == pytest.approx(means[-1], abs=1e-4)
+        assert [candidate.over_best for candidate in candidates] == pytest.approx(
             np.array(means) - min(means), abs=1e-4
         )
 
@@ -191,15 +192,15 @@ def test_short_texts_are_refused():
 
 
 def test_a_model_of_a_tiny_context():
-    """Fewer arms, and none that does not fit."""
+    """Fewer candidates, and none that does not fit."""
     model = build("llama", max_position_embeddings=9)
     found = calibrate(model, Ids(), text_of(random_tokens(130)), context=9)
     assert [(a.num_sinks, a.window) for a in found.sinks] == [(0, 8), (1, 7), (2, 6)]
     assert [a.num_sinks + a.window for a in found.windows] == [8]
 
 
-def arm(num_sinks: int, window: int, over_best: float, error: float = 0.0) -> Arm:
-    return Arm(num_sinks, window, 3 + over_best, over_best, error, 1000)
+def candidate(num_sinks: int, window: int, over_best: float) -> Candidate:
+    return Candidate(num_sinks, window, 3 + over_best, over_best, 0.0, 1000)
 
 
 @pytest.mark.parametrize(
@@ -221,13 +222,13 @@ def test_which_window_is_recommended(
 ):
     module = sys.modules["mlx_sink.measure.calibrate"]
 
-    def arms(model: Any, tokens: Any, configs: list[SinkConfig], since: int, bar: Any) -> Any:
+    def made_up(model: Any, tokens: Any, configs: list[SinkConfig], since: int, bar: Any) -> Any:
         if len({c.num_sinks for c in configs}) > 1:
-            return tuple(arm(c.num_sinks, c.window, 0.0) for c in configs)
+            return tuple(candidate(c.num_sinks, c.window, 0.0) for c in configs)
         assert [c.window for c in configs] == [32, 64, 128]
-        return tuple(arm(0, c.window, x) for c, x in zip(configs, over, strict=True))
+        return tuple(candidate(0, c.window, x) for c, x in zip(configs, over, strict=True))
 
-    monkeypatch.setattr(module, "_arms", arms)
+    monkeypatch.setattr(module, "_candidates", made_up)
     found = calibrate(build("llama"), Ids(), text_of(random_tokens(200)), context=context)
     assert found.settings == Settings(0, window)
     assert found.is_levelled is levelled
@@ -271,7 +272,7 @@ def test_without_matplotlib_the_rest_is_there(
 ):
     _, found = calibrated
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "is_available", lambda: False)
     messages = files.write_calibration(tmp_path, found, "words")
     assert len(messages) == 1
     assert "mlx-sink[plot]" in messages[0]

@@ -1,9 +1,10 @@
-"""Arms side by side: what is measured, a run that is stopped, questions, and the page."""
+"""Methods side by side: measurements, a run that is interrupted, questions, and the page."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from mlx_sink.commands.compare.command import lengths_of, main
 from mlx_sink.commands.compare.page import notes
 from mlx_sink.commands.compare.panels import panels, wilson
 from mlx_sink.errors import InputError
-from mlx_sink.measure import losses
-from mlx_sink.measure import needles as recall
+from mlx_sink.measure import losses, needles
 from mlx_sink.measure.methods import SAMPLED, USUAL
+from mlx_sink.measure.results import LINES, Results, Score
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
 SIZES = ["--num-sinks", "2", "--window", "22", "--prefill-step-size", "16", "--samples", "4"]
 LENGTHS = [48, 100, 160]
@@ -65,7 +65,7 @@ def measured(found: dict[str, Any]) -> Any:
     }
 
 
-def test_measures_every_arm_at_every_length(whole: dict[str, Any]):
+def test_measures_every_method_at_every_length(whole: dict[str, Any]):
     assert whole["finished"]
     assert whole["arms"].keys() == set(USUAL)
     for name, arm in whole["arms"].items():
@@ -84,9 +84,8 @@ def test_measures_every_arm_at_every_length(whole: dict[str, Any]):
 
 
 def test_losses_are_those_of_the_script(
-    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path
 ):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     import eval_stream
 
     figures = tmp_path / "out.json"
@@ -110,7 +109,7 @@ def test_beside_recomputing(whole: dict[str, Any]):
 
 
 @pytest.mark.parametrize("after", [9, 60])
-def test_a_run_that_was_stopped_goes_on(
+def test_an_interrupted_run_is_resumed(
     after: int,
     model: Path,
     text: Path,
@@ -136,12 +135,12 @@ def test_a_run_that_was_stopped_goes_on(
     monkeypatch.undo()
     assert output.with_name("run.state").exists()
     assert main(arguments(model, text, output)) == 0
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     assert measured(json.loads(output.with_name("run.json").read_text())) == measured(whole)
     assert not output.with_name("run.state").exists()
 
 
-def test_an_arm_stops_when_its_time_is_out(model: Path, text: Path, tmp_path: Path):
+def test_a_method_stops_when_its_time_is_out(model: Path, text: Path, tmp_path: Path):
     output = tmp_path / "run"
     assert main(arguments(model, text, output, "--arm-minutes", "1e-9", "--trials", "0")) == 0
     found = json.loads(output.with_name("run.json").read_text())
@@ -151,7 +150,7 @@ def test_an_arm_stops_when_its_time_is_out(model: Path, text: Path, tmp_path: Pa
     assert "stopped at 48 tokens: its time is out" in output.with_name("run.html").read_text()
 
 
-def test_an_arm_that_a_model_cannot_have_says_why(text: Path, tmp_path: Path):
+def test_a_method_that_a_model_cannot_have_says_why(text: Path, tmp_path: Path):
     model = make_folder(tmp_path / "narrow")
     output = tmp_path / "run"
     assert main(arguments(model, text, output, "--trials", "0", "--arms", "bits8", "ours")) == 0
@@ -218,20 +217,20 @@ def test_questions_can_be_answered_by_who_still_has_the_line(kind: str):
     for distance in (100, 250, 400, 900):
         for seed in range(6):
             asked = (
-                recall.needle(encode, hay[:1200], distance, str(seed))
+                needles.needle(encode, hay[:1200], distance, str(seed))
                 if kind == "needle"
-                else recall.lines(encode, 1200, distance, str(seed))
+                else needles.lines(encode, 1200, distance, str(seed))
             )
-            assert len({tuple(choice) for choice in asked.choices}) == recall.CHOICES
-            assert recall.ask(Copier(), [Kept(10_000)], asked, 64)
-            within = recall.ask(Copier(), [Kept(capacity)], asked, 64)
+            assert len({tuple(choice) for choice in asked.choices}) == needles.CHOICES
+            assert needles.ask(Copier(), [Kept(10_000)], asked, 64)
+            within = needles.ask(Copier(), [Kept(capacity)], asked, 64)
             assert within == (distance <= 250)
 
 
 def test_needles_lie_where_they_should():
     hay = [0] * 1000
-    for name, distance in recall.places(300, 1000).items():
-        asked = recall.needle(encode, hay, distance, "a")
+    for name, distance in needles.places(300, 1000).items():
+        asked = needles.needle(encode, hay, distance, "a")
         assert len(asked.context) == 1000, name
         end = bytes(asked.context).index(b".\n") + 2
         first = bytes(asked.context).index(b"The number")
@@ -244,18 +243,19 @@ def test_the_page_is_honest(whole: dict[str, Any]):
     assert "What lies between is lost" in page
     assert "trained on 64 tokens" in page
     assert whole["command"].split(" --output")[0] in page.replace("&#x27;", "'")
-    assert page.count("<svg") == len(panels(whole)) == 7
+    assert page.count("<svg") == len(panels(Results.from_dict(whole))) == 7
     assert "http-equiv" in page
     assert not [word for word in ("<script", "<img", "<link", "@import") if word in page]
 
 
 def test_says_whether_the_model_can_copy(whole: dict[str, Any]):
     for right, honest in ((0, True), (5, True), (14, False)):
-        row = {"arm": "ours", "distance": 5, "right": right, "trials": 20, "test": "lines"}
-        far = row | {"distance": 99, "right": 0}
-        said = " ".join(notes(whole | {"recall": [row, far]}))
-        assert ("no better than a guess" in said) == honest
-        assert (f"{right} of 20" in said) == honest
+        near = Score(LINES, "near", distance=5, method="ours", right=right, trials=20)
+        far = replace(near, place="far", distance=99, right=0)
+        run = replace(Results.from_dict(whole), scores=(near, far))
+        text = " ".join(notes(run))
+        assert ("no better than a guess" in text) == honest
+        assert (f"{right} of 20" in text) == honest
 
 
 def test_two_runs_on_one_page(whole: dict[str, Any], tmp_path: Path):

@@ -28,7 +28,6 @@ from mlx_sink.commands.convert.convert import Recipe, Text, convert
 from mlx_sink.io import atomic
 from mlx_sink.models import checkpoint
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 WORDS = "the cat and the dog went to the sea and the cat sat down. "
 
 
@@ -401,9 +400,8 @@ def test_a_name_taken_meanwhile_is_not_overwritten(tmp_path: Path):
     assert (target / "b").read_text() == "old"
 
 
-def test_killed_at_any_moment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_killed_at_any_moment(capsys: pytest.CaptureFixture[str]):
     """A few of the kills of the script, which is run by hand for many."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     import kill_conversions
 
     assert kill_conversions.main(["--kills", "3", "--megabytes", "1"]) == 0

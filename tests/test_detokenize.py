@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import (
     BPEStreamingDetokenizer,
@@ -117,7 +117,6 @@ def test_any_tokens_give_the_same_text(kind: str):
     tokenizer = wrapped(kind)
     ids = st.lists(st.integers(0, len(tokenizer) - 1), max_size=40)
 
-    @settings(max_examples=150, deadline=None)
     @given(ids)
     def check(tokens: list[int]) -> None:
         assert "".join(ours(detokenizer_for(tokenizer), tokens)) == "".join(
@@ -128,7 +127,6 @@ def test_any_tokens_give_the_same_text(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS[:4])
-@settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=30))
 def test_real_text_split_into_bytes(kind: str, text: str):
     """Text a byte at a time: every character comes out, with the token that completes it."""
@@ -173,7 +171,6 @@ def test_a_restored_detokenizer_goes_on(kind: str):
     tokenizer = wrapped(kind)
     ids = st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=30)
 
-    @settings(max_examples=60, deadline=None)
     @given(ids, st.integers(0, 30))
     def check(tokens: list[int], at: int) -> None:
         first, second = detokenizer_for(tokenizer), detokenizer_for(tokenizer)

@@ -11,11 +11,11 @@ import host_metal
 import mlx.core as mx
 import pytest
 
+from mlx_sink.attention.kernels import check_decode, check_prefill, inputs, prefill, source, trust
 from mlx_sink.commands.doctor import command, models
 from mlx_sink.commands.doctor.command import main
 from mlx_sink.commands.doctor.models import SHAPES, AttentionShape, Conditions
 from mlx_sink.errors import ConfigError, KernelError, OutputError
-from mlx_sink.kernels import check_decode, check_prefill, inputs, prefill, source, trust
 
 SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
 

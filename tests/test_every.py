@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from checkout import ROOT
 from every import architectures, no_single_layer, one_attention_layer, tiny, unavailable
 from mlx_lm.generate import generate_step
 from tiny import TOLERANCE, cut, mixed, recompute
@@ -22,8 +21,6 @@ from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.models.architectures import REFUSED, VERIFIED
 from mlx_sink.models.layers import native_caches
-
-ROOT = Path(__file__).parents[1]
 
 S, W, E = 3, 10, 17
 CONFIG = SinkConfig(S, W, epoch=E)
@@ -140,8 +137,7 @@ def test_the_others_are_refused_by_name(name: str):
 
 
 def test_the_table_of_the_docs_is_up_to_date():
-    """`python scripts/models_table.py > docs/models.md` writes it."""
-    spec = importlib.util.spec_from_file_location("models_table", ROOT / "scripts/models_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == module.table()
+    """`python scripts/dev/models_table.py > docs/models.md` writes it."""
+    import models_table
+
+    assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == models_table.table()

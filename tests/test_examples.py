@@ -10,11 +10,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-SERVER = Path(__file__).parents[1] / "examples" / "chat_server.py"
+SERVER = ROOT / "examples" / "chat_server.py"
 
 
 @pytest.fixture(scope="module")

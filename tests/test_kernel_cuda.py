@@ -14,11 +14,11 @@ from cuda_unit import CudaKernel, nvcc, said_of
 from decode_case import Case, ring_at, run
 
 from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.kernels import check_decode, source, trust
+from mlx_sink.attention.kernels import decode as kernel
+from mlx_sink.attention.kernels import decode_packed as packed
 from mlx_sink.attention.ring import layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.kernels import check_decode, source, trust
-from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import decode_packed as packed
 
 RING = (ring_at(4, 90, 215, epoch=100),)
 CASES = {

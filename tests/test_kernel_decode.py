@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from decode_case import Arrays, Case, arrays, error, ring_at, run
 from decode_grid import TOLERANCES, W
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_sink.attention.kernels import decode as kernel
+from mlx_sink.attention.kernels import source
+from mlx_sink.attention.kernels.tables import decode_tables
 from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import decode as kernel
-from mlx_sink.kernels import source
-from mlx_sink.kernels.tables import decode_tables
 
 DTYPES = list(TOLERANCES)
 
@@ -167,7 +167,6 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(rings, head_dim=32, n_kv=draw(st.integers(1, 3)), n=n, splits=splits, seed=seed)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_any_ring(case: Case):
     check(case)
@@ -309,7 +308,7 @@ def test_text_is_plain():
 
 
 def test_a_call_costs_little_python():
-    """Nothing is worked out twice. `scripts/measure_kernel.py` has the microseconds."""
+    """Nothing is worked out twice. `scripts/bench/measure_kernel.py` has the microseconds."""
     a = arrays(Case(SWITCH))
     calls: list[str] = []
 

@@ -23,13 +23,13 @@ import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.attention import dispatch as attention
 from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.kernels import check_decode, check_prefill, source, trust
+from mlx_sink.attention.kernels import decode as kernel
 from mlx_sink.attention.packed import packed
 from mlx_sink.attention.ring import Ring, layout_of
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.commands.generate.command import main
 from mlx_sink.errors import ConfigError, KernelError
-from mlx_sink.kernels import check_decode, check_prefill, source, trust
-from mlx_sink.kernels import decode as kernel
 from mlx_sink.models.trace import rope_call
 
 ROTATION = Rotation.of(rope_call(nn.RoPE(16, base=100.0), 16))

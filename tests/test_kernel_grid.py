@@ -9,10 +9,10 @@ import mlx.core as mx
 import pytest
 from decode_case import Case, arrays, error, run
 from decode_grid import AXES, TOLERANCES, Point, all_pairs, case_of, covering, label, pairs
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sink.kernels import decode as kernel
+from mlx_sink.attention.kernels import decode as kernel
 
 COVERING = covering()
 
@@ -43,7 +43,7 @@ def test_grid(point: Point):
     check(case_of(point))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=settings.default.max_examples // 8)
 @given(point=st.tuples(*map(st.sampled_from, AXES.values())), seed=st.integers(0, 1000))
 def test_any_point(point: Point, seed: int):
     """Points that no run has seen before: each compiles a kernel of its own."""

@@ -1,18 +1,14 @@
-"""Each mistake that ``scripts/mutate_kernel.py`` plants is noticed by the test that it names.
+"""Each mistake that ``scripts/dev/mutate_kernel.py`` plants is noticed by the test that it names.
 
 pytest runs within pytest here: what notices a mistake is the very test that passes without it.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import mutate_kernel
+import pytest
 from mutate_kernel import MUTATIONS, Mutation
 
 

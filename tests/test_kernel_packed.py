@@ -16,10 +16,10 @@ import pytest
 from decode_case import Case, error, ring_at
 from packed_case import Bits, Given, quantised, run
 
+from mlx_sink.attention.kernels import decode as plain
+from mlx_sink.attention.kernels import decode_packed as kernel
+from mlx_sink.attention.kernels import source
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import decode as plain
-from mlx_sink.kernels import decode_packed as kernel
-from mlx_sink.kernels import source
 
 TOLERANCES = {mx.float32: 2e-6, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 W = 90

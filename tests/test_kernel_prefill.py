@@ -1,30 +1,30 @@
 """The prefill kernel's text, run on the CPU, against float64.
 
 Every case runs under the runner's checks, and every launch's fragment products are held against
-the count that `scripts/count_prefill.py` makes from the tables.
+the count that `scripts/bench/count_prefill.py` makes from the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import host_metal
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkout import ROOT
 from decode_case import Arrays, Case, arrays, error, ring_at
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_kernel_decode import TOLERANCES, view_of
 
+from mlx_sink.attention.kernels import prefill as kernel
+from mlx_sink.attention.kernels import source
+from mlx_sink.attention.kernels.tables import PrefillTables, prefill_tables
 from mlx_sink.attention.ring import Layout, Ring, Run, layout_of
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import prefill as kernel
-from mlx_sink.kernels import source
-from mlx_sink.kernels.tables import PrefillTables, prefill_tables
 
 DTYPES = list(TOLERANCES)
 W = 30
@@ -37,10 +37,9 @@ SWITCH = (ring_at(4, 90, 215, epoch=100),)
 
 @pytest.fixture(autouse=True, scope="module")
 def on_the_host() -> Iterator[None]:
-    """Build the kernel with the runner in the place of MLX; count as the script does."""
+    """Build the kernel with the runner in the place of MLX."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx.fast, "metal_kernel", host_metal.metal_kernel)
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
         kernel.forget()
         yield
     kernel.forget()
@@ -205,7 +204,6 @@ def cases(draw: st.DrawFn) -> Case:
     return kind(rings, head_dim=16, n_kv=1, group=draw(st.integers(1, 2)), n=n, seed=seed)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_any_ring(case: Case):
     check(case)
@@ -287,7 +285,7 @@ def test_the_script_prints_its_table(capsys: pytest.CaptureFixture[str]):
     assert count_prefill.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(count_prefill.SHAPES)
-    docs = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    docs = (ROOT / "docs" / "kernels.md").read_text()
     assert all(line in docs for line in lines), "docs/kernels.md holds another table"
 
 

@@ -25,10 +25,10 @@ from mlx_sink import SinkConfig
 from mlx_sink.attention import dispatch as attention
 from mlx_sink.attention import reference
 from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.kernels import check_decode, check_prefill, source, trust
 from mlx_sink.attention.ring import Ring, layout_of
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
-from mlx_sink.kernels import check_decode, check_prefill, source, trust
 
 ROPE = nn.RoPE(16, base=100.0)
 FREQUENCIES = 100.0 ** -(np.arange(0, 16, 2) / 16)

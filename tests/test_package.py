@@ -12,10 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import mlx_sink
 
-ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").is_file())
 PACKAGE = Path(mlx_sink.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted({path.parent for path in MODULES})
@@ -23,9 +23,9 @@ FOLDERS = sorted({path.parent for path in MODULES})
 MAX_LINES = 350
 MAX_MODULES = 12
 GONE = {
-    *("arguments", "arms", "asked", "atomic_files", "calibration_files", "choice", "cli", "draft"),
-    *("files", "functions", "lending", "planning", "prefillcheck", "randomness", "recall"),
-    *("recipe", "runner", "sampling", "selfcheck", "skeleton", "store", "summary", "text"),
+    *("arguments", "arms", "asked", "calibration_files", "choice", "cli", "draft"),
+    *("files", "functions", "lending", "planning", "prefillcheck", "randomness"),
+    *("recipe", "runner", "sampling", "selfcheck", "skeleton", "store", "summary"),
     *("trees", "trial", "turns", "work", "writing"),
 }
 """Names that said nothing, or three things; a module that needs one needs a better one."""
@@ -124,6 +124,22 @@ def test_public_names():
     assert mlx_sink.__all__ == sorted(mlx_sink.__all__)
     with pytest.raises(AttributeError, match="module 'mlx_sink' has no attribute 'nothing'"):
         _ = mlx_sink.nothing
+
+
+def test_the_budget_is_an_attribute_of_the_package():
+    """After ``import mlx_sink`` alone, as docs/python.md has it."""
+    code = "import mlx_sink; print('budget' in dir(mlx_sink), mlx_sink.budget.plan.__module__)"
+    assert fresh(code) == "True mlx_sink.measure.budget"
+
+
+def test_what_a_program_imports_from_the_door_of_convert():
+    """The function and its arguments' types, and nothing that the door does not promise."""
+    code = (
+        "from mlx_sink.convert import Converted, Recipe, Text, convert; print(convert.__module__)"
+    )
+    assert fresh(code) == "mlx_sink.commands.convert.convert"
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec("from mlx_sink.convert import nothing")
 
 
 def test_the_version_is_said_once_more_in_the_metadata():

@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up_results import values
 from matplotlib.image import imread
 
 from mlx_sink.commands.compare.page import page
-from mlx_sink.measure.methods import NAMES
+from mlx_sink.measure.results import Results
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
     None,
 )
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+
+RESULTS = Results.from_dict(values())
 
 GREEN = np.array([0x00, 0x9E, 0x73]) / 255
 """What draws mlx_sink."""
@@ -45,47 +48,6 @@ onload = () => {{
   said.id = "said"; said.style.display = "none"; document.body.append(said);
 }};
 </script>"""
-
-
-def results() -> dict[str, Any]:
-    """Return what a run leaves, made up."""
-    lengths = [1 << 10, 1 << 12, 1 << 14]
-    arms: dict[str, Any] = {}
-    for i, name in enumerate(NAMES):
-        at = [
-            {
-                **{
-                    "length": n,
-                    "from": n // 4,
-                    "ms": 2.0 + i,
-                    "ms_low": 1.9 + i,
-                    "ms_high": 3 + i,
-                },
-                **{"prefill_tokens_per_s": 1e3 / (i + 1), "cache_bytes": (i + 1) << 20},
-                **{"peak_bytes": (i + 2) << 21, "count": 9, "perplexity": 20, "loss": 3 + 0.1 * i},
-                **{"low": 2.9 + 0.1 * i, "high": 3.2 + 0.1 * i},
-            }
-            for n in lengths
-        ]
-        arms[name] = {"tokens": 1 << 14, "stopped": None, "at": at}
-    arms["full"] |= {"stopped": "its time was out", "tokens": 1 << 12}
-    asked = [
-        {"test": test, "place": f"{n} tokens back", "distance": n, "arm": name, "right": 1}
-        | {"trials": 8}
-        for test in ("needle", "lines")
-        for n in (64, 128, 288, 512)
-        for name in NAMES
-    ]
-    versions = {"mlx-sink": "0", "mlx": "0", "mlx-lm": "0", "python": "3"}
-    machine = {"processor": "<M1>", "cores": 8, "platform": "a & b", "device": "gpu", **versions}
-    return {
-        **{"command": "python -m mlx_sink.compare " + "--text x " * 40, "date": "today"},
-        **{"machine": machine, "model": {"name": "demo", "context": 512, "weights": 1}},
-        "text": {"name": "book.txt", "tokens": 1 << 14},
-        "config": {"num_sinks": 4, "window": 252, "capacity": 256},
-        **{"lengths": lengths, "trials": 8, "choices": 8, "finished": True, "arms": arms},
-        **{"beside_recompute": {}, "recall": asked},
-    }
 
 
 def browse(file: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +78,7 @@ def shown(folder: Path, text: str, width: int, *flags: str) -> tuple[dict[str, A
 
 @pytest.mark.parametrize(("width", "runs"), [(400, 1), (1400, 1), (1400, 2)])
 def test_every_plot_is_seen(width: int, runs: int, tmp_path: Path):
-    found, picture, log = shown(tmp_path, page([results()] * runs), width)
+    found, picture, log = shown(tmp_path, page([RESULTS] * runs), width)
     assert "CONSOLE" not in log
     assert found["requests"] == []
     assert found["width"] <= width
@@ -138,7 +100,10 @@ def test_every_plot_is_seen(width: int, runs: int, tmp_path: Path):
 def test_the_text_of_plots_is_light_on_dark(tmp_path: Path):
     for scheme, dark in ((1, False), (0, True)):
         found, picture, _ = shown(
-            tmp_path, page([results()]), 600, f"--blink-settings=preferredColorScheme={scheme}"
+            tmp_path,
+            page([RESULTS]),
+            600,
+            f"--blink-settings=preferredColorScheme={scheme}",
         )
         plot = found["plots"][0]
         seen = picture[int(plot["top"]) : int(plot["bottom"]), : int(plot["right"])]

@@ -1,4 +1,4 @@
-"""`plan` reads a configuration alone, and says what `attach` and MLX say of the real model."""
+"""An estimate from the configuration alone is what `attach` and MLX say of the real model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from mlx_sink.commands import plan as command
 from mlx_sink.commands.plan import main
 from mlx_sink.io.units import parse_tokens, short
 from mlx_sink.measure import budget
-from mlx_sink.measure.costs import chips, costs_of, plan, working_set
+from mlx_sink.measure.costs import costs_of
+from mlx_sink.measure.estimate import chips, estimate, working_set
 from mlx_sink.measure.flops import after, per_key, step_of
 from mlx_sink.models.lazy import build, weight_bytes
 
@@ -62,17 +63,17 @@ def test_agrees_with_attach_and_with_mlx_to_the_byte(case: str, tmp_path: Path):
     name, options = CASES[case]
     path = written(tmp_path, name, options)
     sizes = {"num_sinks": CONFIG.num_sinks, "window": CONFIG.window}
-    found, report = plan(str(path), **sizes, dtype="float32", lengths=LENGTHS)
+    result = estimate(str(path), **sizes, dtype="float32", lengths=LENGTHS)
     model = tiny(name, **options)
-    theirs = [feed(model, make_prompt_cache(model), n) for n in LENGTHS]
-    assert found["weights"]["bytes"] == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
-    assert report == attach(model, CONFIG)
-    assert found["report"] == report.to_dict()
+    native = [feed(model, make_prompt_cache(model), n) for n in LENGTHS]
+    assert result.weights.nbytes == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+    assert result.report == attach(model, CONFIG)
     ours = [feed(model, model.make_cache(), n) for n in LENGTHS]
-    assert found["cache_bytes"]["full"] == theirs
-    assert found["cache_bytes"]["sinks"] == ours == [report.nbytes] * 2
+    assert list(result.cache_bytes["full"]) == native
+    assert list(result.cache_bytes["sinks"]) == ours == [result.report.nbytes] * 2
     attach(model, SinkConfig(0, CONFIG.window))
-    assert found["cache_bytes"]["window"] == [feed(model, model.make_cache(), n) for n in LENGTHS]
+    window = [feed(model, model.make_cache(), n) for n in LENGTHS]
+    assert list(result.cache_bytes["window"]) == window
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "deepseek_v3"])
@@ -96,15 +97,14 @@ def test_work_by_hand():
 
 
 def test_sums_of_work(tmp_path: Path):
-    found, _ = plan(
-        str(written(tmp_path, "gpt_oss", {})), num_sinks=2, window=8, lengths=[1, 6, 7, 40]
-    )
+    path = written(tmp_path, "gpt_oss", {})
+    result = estimate(str(path), num_sinks=2, window=8, lengths=[1, 6, 7, 40])
     key = 4 * 16
     for kind, most in (("full", 40), ("sinks", 10)):
         token = [key * (min(t, most) + min(t, WINDOW)) for t in range(41)]
-        assert found["decode_multiply_adds"][kind] == [token[n] for n in found["lengths"]]
-        sums = [sum(token[: n + 1]) for n in found["lengths"]]
-        assert found["prefill_multiply_adds"][kind] == sums
+        assert result.decode_multiply_adds[kind] == tuple(token[n] for n in result.lengths)
+        sums = tuple(sum(token[: n + 1]) for n in result.lengths)
+        assert result.prefill_multiply_adds[kind] == sums
 
 
 def test_reads_the_chosen_experts_alone():
@@ -135,18 +135,18 @@ def test_quantised_weights(tmp_path: Path):
 def test_quantised_rings_are_what_mlx_holds(name: str, tmp_path: Path):
     path = written(tmp_path, name, {"head_dim": 64})
     sizes = {"num_sinks": 4, "window": 60, "lengths": [512], "dtype": "float32"}
-    found, _ = plan(str(path), **sizes)
+    result = estimate(str(path), **sizes)
     model = tiny(name, head_dim=64)
     for bits in (8, 4):
         attach(model, SinkConfig(4, 60, kv_bits=bits))
-        held = feed(model, model.make_cache(), 512)
-        assert found["cache_bytes"][f"sinks_{bits}bit"] == [held]
+        nbytes = feed(model, model.make_cache(), 512)
+        assert result.cache_bytes[f"sinks_{bits}bit"] == (nbytes,)
 
 
 def test_says_why_rings_are_not_quantised(tmp_path: Path):
-    found, _ = plan(str(written(tmp_path, "qwen3", {})), window=60)
-    assert found["cache_bytes"]["sinks_8bit"] == [None] * 5
-    assert any(note.startswith("no quantised rings: ") for note in found["notes"])
+    result = estimate(str(written(tmp_path, "qwen3", {})), window=60)
+    assert result.cache_bytes["sinks_8bit"] == (None,) * 5
+    assert any(note.startswith("no quantised rings: ") for note in result.notes)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "mamba2", "qwen3_next"])
@@ -169,12 +169,12 @@ def test_nothing_is_computed():
 
 
 def test_what_fits(tmp_path: Path):
-    found, report = plan(str(written(tmp_path, "gpt_oss", {})), num_sinks=2, window=8)
-    fit = found["fits"][0]
-    room = working_set(8) - found["weights"]["bytes"]
+    result = estimate(str(written(tmp_path, "gpt_oss", {})), num_sinks=2, window=8)
+    fit = result.fits[0]
+    room = working_set(8) - result.weights.nbytes
     grows = 2 * 2 * 8 * 2
-    assert fit["full_tokens"] == (room - WINDOW * grows) // grows
-    assert fit["streams"] == room // report.nbytes
+    assert fit.full_tokens == (room - WINDOW * grows) // grows
+    assert fit.streams == room // result.report.nbytes
     assert working_set(16) == (32 << 30) // 3
     assert working_set(64) == 48 << 30
 
@@ -183,8 +183,8 @@ def test_the_window_is_that_of_the_option(tmp_path: Path):
     """Of `--memory` on a machine with so much, cut to the trained context."""
     settings = {"max_position_embeddings": 1 << 20, "hidden_size": 64}
     path = written(tmp_path, "qwen3", settings)
-    found, _ = plan(str(path), num_sinks=2, window=8, dtype="float32", lengths=[512])
-    fits = {fit["memory_gib"]: fit["window"] for fit in found["fits"]}
+    result = estimate(str(path), num_sinks=2, window=8, dtype="float32", lengths=[512])
+    fits = {fit.memory_gib: fit.window for fit in result.fits}
     assert fits[64] == (1 << 20) - 2
     model = tiny("qwen3", **settings)
     assert fits[8] == budget.largest(model, working_set(8), SinkConfig(2, 8)).config.window
@@ -194,19 +194,18 @@ def test_the_window_is_that_of_the_option(tmp_path: Path):
 def test_a_model_that_bears_no_longer_window(tmp_path: Path):
     """llama4's attention changes with the position: from there on there is no window."""
     path = written(tmp_path, "llama4", {})
-    found, _ = plan(str(path), num_sinks=4, window=60, dtype="float32", lengths=[512])
-    assert {fit["window"] for fit in found["fits"]} == {512 - 2 - 4}
+    result = estimate(str(path), num_sinks=4, window=60, dtype="float32", lengths=[512])
+    assert {fit.window for fit in result.fits} == {512 - 2 - 4}
 
 
 def test_bandwidth_is_shared_by_weights_and_cache(tmp_path: Path):
-    found, report = plan(
-        str(written(tmp_path, "qwen3", {})), num_sinks=4, window=60, lengths=[512]
-    )
-    m1 = found["chips"][0]
-    assert (m1["chip"], m1["gb_per_s"]) == ("M1", 68.25)
-    read = found["weights"]["read_by_a_token"]
-    assert m1["sinks"] == [pytest.approx(68.25e9 / (read + report.nbytes), rel=1e-6)]
-    assert all(chip["source"] and chip["gb_per_s"] > 60 for chip in chips())
+    path = written(tmp_path, "qwen3", {})
+    result = estimate(str(path), num_sinks=4, window=60, lengths=[512])
+    m1 = result.chips[0]
+    assert (m1.chip.name, m1.chip.gb_per_s) == ("M1", 68.25)
+    read = result.weights.read_by_a_token + result.report.nbytes
+    assert m1.sinks == (pytest.approx(68.25e9 / read, rel=1e-6),)
+    assert all(chip.source and chip.gb_per_s > 60 for chip in chips())
 
 
 BAD: dict[str, tuple[dict[str, Any] | None, type[Exception], str]] = {
@@ -238,7 +237,7 @@ def test_bad_configurations_are_named(case: str, tmp_path: Path):
     fields = {} if case in ("lacks fields", "no type") else config("qwen3", {"hidden_size": 64})
     (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}))
     with pytest.raises(kind) as caught:
-        plan(str(tmp_path))
+        estimate(str(tmp_path))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -259,5 +258,46 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "M4 Max" in text
     assert picture.read_text().startswith("<?xml")
     assert main(["--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["context"] == 512
+    values = json.loads(capsys.readouterr().out)
+    assert values == json.loads(json.dumps(estimate("demo").to_dict()))
+    assert values["context"] == 512
     assert command.parser().prog == "python -m mlx_sink.plan"
+
+
+def keys(value: Any) -> Any:
+    """Return the keys of a JSON value, those of a list by its first item."""
+    if isinstance(value, dict):
+        return {key: keys(item) for key, item in value.items()}
+    return [keys(value[0])] if isinstance(value, list) and value else None
+
+
+def test_the_json_keeps_its_keys():
+    """Programs read them; they are those that 165b64a wrote."""
+    values = json.loads(json.dumps(estimate("demo", num_sinks=4, window=252).to_dict()))
+    kinds = {"full": [None], "sinks": [None]}
+    fit = ("memory_gib", "beside_weights", "full_tokens", "streams", "window")
+    expected = {
+        "model": None,
+        "dtype": None,
+        "dtype_assumed": None,
+        "notes": None,
+        "context": None,
+        "weights": {"bytes": None, "read_by_a_token": None},
+        "report": keys(values["report"]),
+        "bytes_per_token": None,
+        "lengths": [None],
+        "cache_bytes": {
+            "full": [None],
+            "window": [None],
+            "sinks": [None],
+            "sinks_8bit": [None],
+            "sinks_4bit": [None],
+        },
+        "decode_multiply_adds": kinds,
+        "prefill_multiply_adds": kinds,
+        "fits": [dict.fromkeys(fit)],
+        "chips": [{"chip": None, "gb_per_s": None, "source": None, **kinds}],
+    }
+    assert keys(values) == expected
+    assert list(values) == list(expected)
+    assert values["report"] == estimate("demo", num_sinks=4, window=252).report.to_dict()

@@ -13,15 +13,13 @@ from pathlib import Path
 import pytest
 
 DATA = os.environ.get("MLX_SINK_DATA")
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.mark.skipif(DATA is None, reason="MLX_SINK_DATA names no folder with the evaluation data")
 def test_perplexity_stays_flat_and_follows_the_oracle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """Five windows into a stream the loss is that of the second, and that of recomputing."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     import eval_stream
 
     assert DATA is not None

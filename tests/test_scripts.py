@@ -15,21 +15,14 @@ import pytest
 from folder import make_folder
 from mlx.utils import tree_flatten
 
-from mlx_sink.kernels import source
+from mlx_sink.attention.kernels import source
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
 SMALL = shlex.split("""
     --layers 2 --hidden 32 --intermediate 48 --heads 4 --kv-heads 2 --head-dim 8 --vocab 64
     --windows 8 24 --window 16 --steps 3 --warmup 1 --prefill 48 --chunk 16 --rounds 2
     --reading 80 --chunks 8 32
 """)
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the scripts importable, as running one does."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +48,6 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-@pytest.mark.usefixtures("scripts")
 def test_bench_measures_every_section(capsys: pytest.CaptureFixture[str]):
     import bench_stream
 
@@ -75,7 +67,6 @@ def test_bench_measures_every_section(capsys: pytest.CaptureFixture[str]):
     assert result["bytes"]["equal"] is True
 
 
-@pytest.mark.usefixtures("scripts")
 def test_moved_rings_stand_where_decoding_would_leave_them():
     """Late positions are injected; the slots must be those of the real stream."""
     from bench_stream import move
@@ -96,7 +87,6 @@ def test_moved_rings_stand_where_decoding_would_leave_them():
     assert cache.ring.slot(220) == ring.slot(10)
 
 
-@pytest.mark.usefixtures("scripts")
 def test_eval_measures_every_arm(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -128,7 +118,6 @@ def test_eval_measures_every_arm(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.usefixtures("scripts")
 def test_before_eviction_every_arm_says_the_same(model: Path, text: Path, tmp_path: Path):
     import eval_stream
 
@@ -140,7 +129,6 @@ def test_before_eviction_every_arm_says_the_same(model: Path, text: Path, tmp_pa
     assert losses == pytest.approx([losses[0]] * 5, abs=1e-4)
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -162,7 +150,6 @@ def test_eval_says_in_a_line_what_is_wrong(
     assert reason in error
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize(("layers", "start"), [(1, 0), (3, (1 << 31) + 1)])
 def test_soak_goes_on_and_drifts_nowhere(
     layers: int, start: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -188,7 +175,6 @@ def test_soak_goes_on_and_drifts_nowhere(
     assert set(result["slopes_percent"]) == set(soak.COLUMNS) - {"drift"}
 
 
-@pytest.mark.usefixtures("scripts")
 def test_soak_refuses_other_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     import soak
 
@@ -198,7 +184,6 @@ def test_soak_refuses_other_options(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "other" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.usefixtures("scripts")
 def test_the_float64_oracle_is_mlx_lm_s_model_before_the_wrap():
     """And past it, for one layer, what plain mlx-lm says of the visible tokens alone."""
     import _oracle
@@ -222,7 +207,6 @@ def test_the_float64_oracle_is_mlx_lm_s_model_before_the_wrap():
     assert np.abs(other - exact).max() > 1e-2
 
 
-@pytest.mark.usefixtures("scripts")
 def test_measure_counts_and_times(capsys: pytest.CaptureFixture[str]):
     import measure_kernel
 
@@ -240,7 +224,6 @@ def test_measure_counts_and_times(capsys: pytest.CaptureFixture[str]):
     assert "1.000 (1.000)" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("scripts")
 def test_measured_beside_mlx_text_that_is_right():
     """What is counted is MLX's attention: its results say so."""
     import _mlx_sdpa
@@ -255,7 +238,6 @@ def test_measured_beside_mlx_text_that_is_right():
     assert mx.allclose(ran[0], wanted, atol=1e-5)
 
 
-@pytest.mark.usefixtures("scripts")
 def test_sweep_reports_what_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from folder import make_folder
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -538,7 +538,6 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(TREES)
 def test_any_tree_comes_back(tree: Any):
     arrays: dict[str, mx.array] = {}

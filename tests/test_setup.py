@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parents[1]
-SHELL = ("bash", "basename", "cat", "chmod", "cksum", "dirname", "mkdir")
+SHELL = ("bash", "basename", "cat", "chmod", "cksum", "dirname", "grep", "mkdir", "uname")
 
 
 @pytest.fixture
@@ -21,7 +21,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "repo"
 
 
-def run(checkout: Path, script: str, python: str | None) -> subprocess.CompletedProcess[str]:
+def run(
+    checkout: Path, script: str, python: str | None, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script where there is little but a shell, and ``python`` as python3."""
     programs = checkout.parent / "bin"
     programs.mkdir()
@@ -31,7 +33,7 @@ def run(checkout: Path, script: str, python: str | None) -> subprocess.Completed
         (programs / "python3").write_text(f"#!/bin/sh\n{python}\n")
         (programs / "python3").chmod(0o755)
     environment = {"PATH": str(programs)}
-    command = [str(checkout / "scripts" / script)]
+    command = [str(checkout / "scripts" / script), *arguments]
     bash = shutil.which("bash")
     assert bash is not None
     return subprocess.run([bash, *command], env=environment, capture_output=True, text=True)
@@ -44,7 +46,7 @@ NO_PIP = """case "$*" in *"-m venv"*)
 esac"""
 
 
-@pytest.mark.parametrize("script", ["demo", "test", "test_torch"])
+@pytest.mark.parametrize("script", ["demo", "test"])
 @pytest.mark.parametrize(
     ("python", "words"),
     [
@@ -62,3 +64,43 @@ def test_what_is_missing(script: str, python: str | None, words: list[str], chec
     assert len(lines) == 1, done.stderr
     for word in words:
         assert word in lines[0]
+
+
+CHECKS = ["ruff check .", "ruff format --check .", "pyright"]
+LOG = '#!/bin/sh\necho "${0##*/} $*" >>"${0%/*}/log"\n'
+NO_TORCH = 'case "$*" in *"import torch"*) exit 1;; esac\n'
+
+
+def commands(checkout: Path, *arguments: str, torch: bool = True) -> list[str]:
+    """Run ``scripts/test`` where all is installed, and return what it runs."""
+    programs = checkout / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "ruff", "pyright", "lint-imports"):
+        (programs / name).write_text(LOG + NO_TORCH * (name == "python" and not torch))
+        (programs / name).chmod(0o755)
+    stamp = 'echo "$(cksum <pyproject.toml) $PWD" >".venv/installed[dev]"'
+    subprocess.run(["bash", "-c", stamp], cwd=checkout, check=True)
+    done = run(checkout, "test", None, *arguments)
+    assert done.returncode == 0, done.stderr
+    return [line.strip() for line in (programs / "log").read_text().splitlines()]
+
+
+def test_the_default_set(checkout: Path):
+    """What pyproject.toml says, and what is asked for."""
+    ran = commands(checkout, "-k", "ring")
+    assert [c for c in ran if c != "lint-imports"] == [*CHECKS, "python -m pytest -k ring"]
+
+
+@pytest.mark.parametrize("torch", [True, False])
+def test_all(torch: bool, checkout: Path):
+    ran = commands(checkout, "--all", "-k", "ring", torch=torch)
+    assert ran[-1] == "python -m pytest -m  --hypothesis-profile=ci -k ring"
+    assert any("pip install" in c and "torch" in c for c in ran) != torch
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_imports_are_linted_where_there_are_rules(configured: bool, checkout: Path):
+    text = (checkout / "pyproject.toml").read_text().replace("[tool.importlinter]", "[tool.none]")
+    rules = "[tool.importlinter]\n" if configured else ""
+    (checkout / "pyproject.toml").write_text(f"{text}\n{rules}")
+    assert ("lint-imports" in commands(checkout)) == configured

@@ -409,11 +409,9 @@ def test_a_second_interrupt_is_obeyed_at_once():
 def test_killed_again_and_again(
     folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """`scripts/kill_runs.py` with some kills; by hand it is run with 200."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    """`scripts/dev/kill_runs.py` with some kills; by hand it is run with 200."""
     import kill_runs
 
     prompt = tmp_path / "prompt.txt"

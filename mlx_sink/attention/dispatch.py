@@ -11,15 +11,15 @@ from itertools import groupby
 import mlx.core as mx
 
 from mlx_sink.attention import reference
+from mlx_sink.attention.kernels import check_decode, check_prefill
+from mlx_sink.attention.kernels.decode import decode, fits
+from mlx_sink.attention.kernels.decode_packed import decode_packed
+from mlx_sink.attention.kernels.prefill import prefill
+from mlx_sink.attention.kernels.tables import MAX_QUERIES, decode_tables, prefill_tables
 from mlx_sink.attention.packed import Packed
 from mlx_sink.attention.reference import BLOCK
 from mlx_sink.attention.ring import Block, Layout, Turn, blocks_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.kernels import check_decode, check_prefill
-from mlx_sink.kernels.decode import decode, fits
-from mlx_sink.kernels.decode_packed import decode_packed
-from mlx_sink.kernels.prefill import prefill
-from mlx_sink.kernels.tables import MAX_QUERIES, decode_tables, prefill_tables
 
 STILL = frozenset([Turn.NONE])
 

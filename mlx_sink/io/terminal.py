@@ -1,4 +1,4 @@
-"""A command and its terminal: exit statuses, one-line errors, output, Ctrl-C, progress."""
+"""How a command meets its terminal: exit status, errors, output, signals, progress bars."""
 
 from __future__ import annotations
 
@@ -59,20 +59,21 @@ def write(text: str) -> None:
 
 
 class Interrupt:
-    """Ctrl-C, a polite kill or a closed terminal, as a question that is asked between tokens.
+    """A flag that Ctrl-C, SIGTERM or a closed terminal sets; commands ask for it between tokens.
 
-    Within the ``with`` block the first one is only noted, so that nothing breaks off half-way;
-    a second Ctrl-C or kill interrupts at once. A terminal that closes may say so twice.
+    Within the ``with`` block the first signal only sets the flag, so that no step is interrupted
+    half-way; a second Ctrl-C or SIGTERM interrupts at once. A terminal that closes may send its
+    signal twice.
 
     Attributes:
-        status: The exit status it asks for: 0 while there was none.
+        status: The exit status to leave with: 0 while no signal has arrived.
     """
 
     def __init__(self) -> None:
         self.status = 0
 
     def __call__(self) -> bool:
-        """Tell whether there was one."""
+        """Return whether a signal has arrived."""
         return self.status != 0
 
     def _note(self, number: int, _: object) -> None:
@@ -81,7 +82,7 @@ class Interrupt:
         self.status = self.status or 128 + number
 
     def __enter__(self) -> Interrupt:
-        """Begin to listen."""
+        """Install the signal handlers."""
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants it ignored
             numbers.append(signal.SIGHUP)
@@ -89,31 +90,31 @@ class Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put back what was there."""
+        """Restore the handlers of before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
 def say(line: str) -> None:
-    """Tell the person at the terminal something; output is what goes to stdout."""
+    """Print a message to stderr; stdout is for the output."""
     print(line, file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:
-    """Say something that does not end the run."""
+    """Print a warning to stderr."""
     say(f"warning: {line}")
 
 
 def bar(total: float | None, what: str, unit: str, **options: Any) -> tqdm[Any]:
-    """Return a progress bar on stderr, which leaves nothing behind.
+    """Return a progress bar on stderr that is erased when it is closed.
 
-    Where stderr is no terminal every redrawing is a line: one in ten seconds.
+    Where stderr is not a terminal each update is a line of its own, one every ten seconds.
 
     Args:
         total: Units in all.
-        what: What goes on, a word.
+        what: A word for the work.
         unit: What is counted.
-        options: More, as tqdm takes them.
+        options: Further options of tqdm.
     """
     pace = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(total=total, desc=what, unit=unit, mininterval=pace, leave=False, **options)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_sink.attention import reference
+from mlx_sink.attention.kernels import check_decode, check_prefill, source
+from mlx_sink.attention.kernels.check_decode import DecodeVariant
+from mlx_sink.attention.kernels.check_prefill import PrefillVariant
+from mlx_sink.attention.kernels.sample import Sample
 from mlx_sink.attention.ring import Ring
 from mlx_sink.config import SinkConfig
-from mlx_sink.kernels import check_decode, check_prefill, source
-from mlx_sink.kernels.check_decode import DecodeVariant
-from mlx_sink.kernels.check_prefill import PrefillVariant
-from mlx_sink.kernels.sample import Sample
 
 STEPS = 32
 """Decode steps of a round on a GPU: enough to hide the cost of the round itself."""

@@ -15,6 +15,7 @@ from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
 from mlx_sink.models.architectures import VERIFIED, refusal
 from mlx_sink.models.cache_plan import CachePlan, plan_caches
+from mlx_sink.models.checkpoint import trained_context
 from mlx_sink.models.hook import hook
 from mlx_sink.models.report import LayerReport, Report, report_of
 from mlx_sink.models.trace import dry_run, watch
@@ -58,7 +59,7 @@ def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:
         UnsupportedModelError: The contract cannot be kept for this model.
         ConfigError: The capacity exceeds the model's trained context.
     """
-    context = trained_context(model)
+    context = trained_context(getattr(model, "args", None))
     config = config or SinkConfig.for_context(context)
     config.check_context(context)
     detach(model)
@@ -100,20 +101,6 @@ def make_cache(model: nn.Module) -> list[Any]:
     if not isinstance(make, _MakeCache):
         raise CacheError("the model has no bounded cache: call mlx_sink.attach(model) first")
     return make()
-
-
-def trained_context(model: nn.Module) -> int | None:
-    """Return the positions the model was trained on, in tokens, if its arguments say."""
-    args = getattr(model, "args", None)
-    text = getattr(args, "text_config", None)
-    for where in (args, text):
-        fields = cast(
-            "dict[str, Any]", where if isinstance(where, dict) else vars(where or object)
-        )
-        context = fields.get("max_position_embeddings")
-        if isinstance(context, int):
-            return context
-    return None
 
 
 def _name(model: nn.Module) -> str:

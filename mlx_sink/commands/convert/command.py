@@ -12,16 +12,16 @@ from typing import Any, cast
 
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_sink.commands.convert import quantize as recipes
 from mlx_sink.commands.convert.card import SAMPLE, sample_text
 from mlx_sink.commands.convert.convert import Converted, Text, convert
-from mlx_sink.commands.convert.quantize import Recipe
+from mlx_sink.commands.convert.quantize import PREDICATES, Recipe
 from mlx_sink.commands.numbers import integer
 from mlx_sink.commands.options import Parser, program
 from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.units import format_bytes
+from mlx_sink.models.lazy import DTYPES, MODES
 
 PROG = program("convert")
 
@@ -41,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
     add("-q", "--quantize", action="store_true", help="quantise the weights")
     add("--q-bits", type=integer(1, 8), help="bits per weight")
     add("--q-group-size", type=integer(1), help="weights that share a scale")
-    add("--q-mode", choices=recipes.MODES, default="affine", help="how to quantise (affine)")
-    add("--quant-predicate", choices=recipes.PREDICATES, help="a mixed-bit recipe")
-    add("--dtype", choices=recipes.DTYPES, help="type of what is not quantised")
+    add("--q-mode", choices=MODES, default="affine", help="how to quantise (affine)")
+    add("--quant-predicate", choices=PREDICATES, help="a mixed-bit recipe")
+    add("--dtype", choices=DTYPES, help="type of what is not quantised")
     add("--upload-repo", help="a repository on the hub to upload the folder to")
     add("--revision", help="branch, tag or commit of the repository")
     add(

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_sink.attention.kernels import check_prefill, inputs, source, trust
+from mlx_sink.attention.kernels.tables import MAX_QUERIES
 from mlx_sink.commands.doctor import models, report
 from mlx_sink.commands.doctor.examine import (
     DTYPES,
@@ -33,8 +35,6 @@ from mlx_sink.commands.options import (
 from mlx_sink.config import DEFAULT_NUM_SINKS, DEFAULT_WINDOW, SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.io import terminal
-from mlx_sink.kernels import check_prefill, inputs, source, trust
-from mlx_sink.kernels.tables import MAX_QUERIES
 
 PROG = program("doctor")
 DESCRIPTION = (

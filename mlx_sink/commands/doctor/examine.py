@@ -11,12 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sink.attention.kernels import check_decode, check_prefill, source, trust
+from mlx_sink.attention.kernels.check_decode import DecodeVariant
+from mlx_sink.attention.kernels.check_prefill import PrefillVariant
+from mlx_sink.attention.kernels.trust import Verdict
 from mlx_sink.config import SinkConfig
 from mlx_sink.io import terminal
-from mlx_sink.kernels import check_decode, check_prefill, source, trust
-from mlx_sink.kernels.check_decode import DecodeVariant
-from mlx_sink.kernels.check_prefill import PrefillVariant
-from mlx_sink.kernels.trust import Verdict
 from mlx_sink.measure.attention_times import Times, decode_times
 
 N_KV_HEADS = 8

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlx_sink.attention.kernels import check_decode, check_prefill, source
+from mlx_sink.attention.kernels.check_decode import DecodeVariant
+from mlx_sink.attention.kernels.check_prefill import PrefillVariant
 from mlx_sink.commands.doctor.examine import DTYPES, TimedKernel, runs
 from mlx_sink.config import SinkConfig
 from mlx_sink.io import terminal
-from mlx_sink.kernels import check_decode, check_prefill, source
-from mlx_sink.kernels.check_decode import DecodeVariant
-from mlx_sink.kernels.check_prefill import PrefillVariant
 from mlx_sink.measure.attention_times import decode_times, prefill_times
 
 WINDOWS = (1020, 4092)

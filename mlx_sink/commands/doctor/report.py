@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mlx_sink.attention.kernels import source, trust
 from mlx_sink.commands.doctor.examine import Examination, versions
 from mlx_sink.commands.doctor.models import Conditions, ShapeResult
 from mlx_sink.errors import OutputError
 from mlx_sink.io import terminal
 from mlx_sink.io.atomic import write_whole
-from mlx_sink.kernels import source, trust
 from mlx_sink.measure import machine
 
 FORMAT = 1
