@@ -87,6 +87,9 @@ def check(path: Path) -> Checkpoint:
         _check_once(held)
         tensors = {name: kind for types in held.values() for name, kind in types.items()}
         _check_types(path, config, tensors)
+        for file in (file for pattern in TOKENIZERS for file in path.glob(pattern)):
+            if folders.is_pointer(file):
+                raise ModelError(_pointer(file))
         missing, doubts = _follow_index(path / "model.safetensors.index.json", held)
         sizes = {shard.name: shard.stat().st_size for shard in shards}
         return Checkpoint(path, config, sizes, tensors, missing, doubts)

@@ -9,6 +9,9 @@ from typing import Any, cast
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+"""How pickles begin that hold the state of a training run, and no weights."""
+
 _WRITE_AGAIN = (
     "get a revision with safetensors, or load it where you trust it in transformers and "
     "save_pretrained it, which writes them"
@@ -84,7 +87,8 @@ def _gguf(path: Path) -> str | None:
 
 
 def _pickle(path: Path) -> str | None:
-    name = _first(path, *PICKLES)
+    names = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    name = next((name for name in names if not name.startswith(TRAINING)), None)
     if name is None:
         return None
     return (
