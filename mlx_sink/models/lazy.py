@@ -22,7 +22,7 @@ from mlx_sink.errors import ModelError, UnsupportedModelError, one_line
 from mlx_sink.io.units import format_bytes
 from mlx_sink.models import checkpoint, quantization, spelling
 from mlx_sink.models.architectures import VERIFIED, refusal
-from mlx_sink.models.load import find_config
+from mlx_sink.models.load import check_folder, find_config
 
 _utils = cast("Any", mlx_lm_utils)
 
@@ -70,12 +70,15 @@ def unread(name: str, dtype: str | None = None) -> Unread:
     stated = dtype or dtype_of(config)
     if file.name == checkpoint.CONFIG and any(file.parent.glob(checkpoint.PATTERN)):
         try:
-            return _of_files(checkpoint.check(file.parent), dtype)
+            return _of_files(check_folder(name, file.parent), dtype)
         except ModelError as error:
             notes = (f"its weight files are not counted: {error}",)
     else:
         notes = ()
     model = build(config, dtype)
+    theirs = quantization.stated(config) or {}
+    if theirs.get("quant_method") == "gptq":
+        notes += ("mlx-lm loads weights of GPTQ only as AutoAWQ packs them, and without g_idx",)
     return Unread(model, config, stated or DEFAULT_DTYPE, stated is None, notes)
 
 
@@ -214,7 +217,6 @@ def _classes(config: dict[str, Any]) -> tuple[Any, Any]:
         raise UnsupportedModelError(f"{kind} is not supported: {reason}")
     if name not in VERIFIED:
         raise UnsupportedModelError(f"{kind} is not known: only its weights show if it works")
-    quantization.check(config, name)
     return model_class, args_class
 
 

@@ -152,12 +152,28 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     Raises:
         ModelError: It cannot be found, is damaged, or is of a kind that is not read.
     """
-    found = checkpoint.check(find(name, revision))
-    try:
-        quantization.check(found.config, architecture_of(found.config))
-    except ModelError as error:
-        raise ModelError(f"cannot load model {name!r}: {error}") from None
-    return found
+    return check_folder(name, find(name, revision))
+
+
+def check_folder(name: str, path: Path) -> Checkpoint:
+    """Check that mlx-lm reads what is in a model folder.
+
+    Args:
+        name: What to call the model in an error.
+        path: The folder.
+
+    Raises:
+        ModelError: It is damaged, or of a kind that is not read.
+    """
+    found = checkpoint.check(path)
+    reason = quantization.refusal(found.config, architecture_of(found.config))
+    if reason is None:
+        return found
+    if not quantization.is_plain(found.tensors):
+        raise ModelError(f"cannot load model {name!r}: {reason}")
+    tool = quantization.describe(found.config)
+    doubt = f"{str(path / CONFIG)!r} says that {tool} quantised the weights, which they are not"
+    return replace(found, doubts=(*found.doubts, doubt))
 
 
 def by_mlx_lm(

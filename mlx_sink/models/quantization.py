@@ -99,7 +99,8 @@ def of(config: Mapping[str, Any], architecture: str) -> Quantization | None:
     theirs = stated(config)
     if theirs is None:
         return None
-    check(config, architecture)
+    if reason := refusal(config, architecture):
+        raise ModelError(reason)
     method, kept = theirs.get("quant_method"), _kept(theirs)
     if method in ("awq", "gptq"):
         return Quantization(_integer(theirs, "group_size", 128), 4, kept=kept, foreign=True)
@@ -138,26 +139,29 @@ def describe(config: Mapping[str, Any]) -> str | None:
     if theirs is None:
         return None
     method = str(theirs.get("quant_method") or "a tool without a name")
-    kinds = {
-        "format": theirs.get("format"),
-        "algorithm": _algorithm(theirs),
-        "blocks": _blocks(theirs.get("weight_block_size")),
-        "bits": "4 bits" if theirs.get("load_in_4bit") else None,
-        "more bits": "8 bits" if theirs.get("load_in_8bit") else None,
-    }
-    kind = next((str(value) for value in kinds.values() if value), None)
+    bits = theirs.get("bits") or 4 * bool(theirs.get("load_in_4bit"))
+    bits = bits or 8 * bool(theirs.get("load_in_8bit"))
+    kinds = (
+        theirs.get("format"),
+        _algorithm(theirs),
+        _blocks(theirs.get("weight_block_size")),
+        "desc_act" if theirs.get("desc_act") else None,
+        f"{bits} bits" if bits else None,
+    )
+    kind = next((str(value) for value in kinds if value), None)
     return f"{method} ({kind})" if kind else method
 
 
-def check(config: Mapping[str, Any], architecture: str) -> None:
-    """Raise unless mlx-lm reads weights that are quantised so.
+def refusal(config: Mapping[str, Any], architecture: str) -> str | None:
+    """Return why mlx-lm does not read weights that are quantised so; ``None`` if it does.
 
-    Raises:
-        ModelError: It does not, which it would say of single weights, or not at all.
+    Args:
+        config: The contents of config.json.
+        architecture: The module of ``mlx_lm.models`` that the model is of.
     """
     theirs = stated(config)
     if theirs is None:
-        return
+        return None
     method = theirs.get("quant_method")
     names = {architecture, str(_dict(config.get("text_config")).get("model_type"))}
     reads = {
@@ -170,11 +174,20 @@ def check(config: Mapping[str, Any], architecture: str) -> None:
         "compressed-tensors": theirs.get("format") in _FORMATS and bool(names & PACKED),
         "modelopt": _algorithm(theirs) == "NVFP4" and bool(names & MODELOPT),
     }
-    if not reads.get(str(method), False):
-        raise ModelError(
-            f"its weights are quantised with {describe(config)}, which mlx-lm does not read for "
-            f"{architecture}: {_ADVICE}"
-        )
+    if reads.get(str(method), False):
+        return None
+    return (
+        f"its weights are quantised with {describe(config)}, which mlx-lm does not read for "
+        f"{architecture}: {_ADVICE}"
+    )
+
+
+def is_plain(tensors: Mapping[str, str]) -> bool:
+    """Tell that no weight is packed, whatever a configuration says, by the types of the tensors.
+
+    A model that was trained in few bits and merged afterwards often keeps the configuration.
+    """
+    return all(kind in ("F16", "BF16", "F32") for kind in tensors.values())
 
 
 def _dict(value: object) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mlx_sink.measure.calibrate import Calibration, calibrate, read
 from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
 from mlx_sink.models.checkpoint import Checkpoint
-from mlx_sink.models.lazy import parameters, weight_bytes
+from mlx_sink.models.lazy import parameters, set_parameters, weight_bytes
 from mlx_sink.models.load import by_mlx_lm, find_checkpoint, load_unattached, repository_of
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
@@ -156,8 +156,11 @@ def _target(path: Path) -> Path:
 def _report(model: nn.Module, own: Settings, context: int | None) -> Report:
     """Make sure that the model will stream before anything is written."""
     config, sources = settings.apply(own, context)
+    # A forward pass may change weights: Gemma 3n's clips some, in float32.
+    weights = parameters(model)
     report = replace(attach(model, config), sources=sources)
     detach(model)
+    set_parameters(model, weights)
     return report
 
 
