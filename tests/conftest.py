@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ ONE_OF_EACH_CHECK = (
 SLOW = [
     # What some architectures show the others show too.
     Slow("test_every.py", r"\[", ("refused", *STAND_FOR_THE_REST)),
+    Slow("test_every_rollback.py", "nothing|never_come|take_none", STAND_FOR_THE_REST),
     Slow("test_every_tiny.py", "weight|logits|single", STAND_FOR_THE_REST),
     Slow("test_calibrate.py", "test_shares_of_every_architecture", STAND_FOR_THE_REST),
     # Points of a grid, beyond some that have every value of its axes.
@@ -65,7 +67,7 @@ SLOW = [
     Slow("test_rollback.py", "test_a_loop_stands", ("0-4", "1-1", "2-0", "30-3", "31-2", "47-4")),
     Slow("test_ring_rollback.py", "test_taken_back", ("-1]", "-3]")),
     # What takes long, or a program that not everyone has.
-    Slow("test_compare.py", "test_a_run_that_was_stopped", (r"\[9]",)),
+    Slow("test_compare.py", "test_an_interrupted_run_is_resumed", (r"\[9]",)),
     Slow("test_convert.py", "test_killed_at_any_moment"),
     Slow("test_turns.py", "test_killed_again|test_a_small_file_system"),
     Slow("test_loop.py", "test_nothing_grows_in_eight_thousand_tokens"),
@@ -78,15 +80,24 @@ SLOW = [
 """What the default set leaves out."""
 
 
+RUNS_ON_A_CPU = re.compile(
+    r"(^|/)test_(host_metal|kernel_|doctor)\w*\.py|test_scripts\.py::test_(measure|sweep)"
+)
+"""Tests that run the kernels' text on a CPU, or pretend that this machine has a GPU or none."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is."""
+    """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is.
+
+    There `test_gpu` runs it.
+    """
     by_name = any("::" in argument for argument in config.args) or config.getoption("lf", False)
     if not by_name:  # Who asks for some tests of a file gets them.
         slow.mark(SLOW, items)
     skip = pytest.mark.skip(reason="the Metal runner is for Linux; here the kernels run for real")
     for item in items:
-        if sys.platform == "darwin" and item.path.name.startswith("test_host_metal"):
+        if sys.platform == "darwin" and RUNS_ON_A_CPU.search(item.nodeid):
             item.add_marker(skip)
 
 

@@ -1,7 +1,7 @@
-"""A model built from its configuration alone: nothing of it is ever computed.
+"""A model built from its configuration alone, whose weights are never computed.
 
-MLX is lazy, so a model of any size costs little more than its list of layers, as long as nobody
-asks for the value of a weight.
+MLX is lazy: a model of any size costs little more than its list of layers, as long as no value of
+a weight is asked for.
 """
 
 from __future__ import annotations

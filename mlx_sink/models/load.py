@@ -77,8 +77,8 @@ def load(
             tokens, or as much as the model's trained context holds.
         return_report: Return the report too: which layer got what, and where the settings
             come from.
-        options: Passed to `mlx_lm.load`: ``adapter_path``, ``tokenizer_config``,
-            ``trust_remote_code``, ``revision``, ...
+        options: As in `mlx_lm.load`: ``adapter_path``, ``tokenizer_config``, ``revision``, ...;
+            ``trust_remote_code`` is for the model's code and its tokenizer's alike.
 
     Returns:
         The model, attached, its tokenizer, and the report if asked for.

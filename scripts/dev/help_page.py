@@ -9,12 +9,9 @@ from the options themselves, because the layout of `--help` differs between vers
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
-from importlib.util import find_spec
-from unittest import mock
+from collections.abc import Iterator
 
-from mlx_sink.commands.entry import COMMANDS
+from mlx_sink.commands import entry
 
 HEAD = """# Options of every command
 
@@ -22,34 +19,6 @@ Written by `python scripts/dev/help_page.py > docs/help.md` from what `--help` p
 checks that it is up to date. `python -m mlx_sink COMMAND` and `mlx-sink COMMAND` take the same
 options as `python -m mlx_sink.COMMAND`.
 """
-
-
-class _Asked(Exception):  # noqa: N818 (it stops a command, nothing is wrong)
-    """A command has made its parser and is about to parse."""
-
-
-def parser_of(main: Callable[[Sequence[str]], object]) -> argparse.ArgumentParser:
-    """Return the parser that a command's ``main`` parses its arguments with.
-
-    Args:
-        main: The command, which is stopped before it does anything else.
-    """
-
-    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
-        raise _Asked(parser)
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop):
-        try:
-            main([])
-        except _Asked as asked:
-            return asked.args[0]
-    raise ValueError(f"{main} parses nothing")
-
-
-def command(name: str) -> argparse.ArgumentParser:
-    """Return the parser of ``python -m mlx_sink.NAME``."""
-    home = f"mlx_sink.commands.{COMMANDS[name][0]}"
-    return parser_of(import_module(home if find_spec(home) else f"mlx_sink.{name}").main)
 
 
 def section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -73,7 +42,9 @@ def section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def page() -> str:
     """Return the page."""
-    lines = [line for name in COMMANDS for line in section(name, command(name))]
+    lines = [
+        line for name in entry.COMMANDS for line in section(name, entry.command(name).parser())
+    ]
     return HEAD + "\n".join(lines) + "\n"
 
 

@@ -26,6 +26,7 @@ from mlx_sink.commands.doctor.examine import (
     TimedKernel,
     examine,
 )
+from mlx_sink.commands.numbers import add_integer, integer
 from mlx_sink.commands.options import (
     Parser,
     add_kv_options,
@@ -59,17 +60,15 @@ CPU_DEFAULTS: dict[str, list[Any]] = {
 def parser() -> Parser:
     """Return the command's parser."""
     p = Parser(prog=PROG, description=DESCRIPTION)
-    p.add_argument(
+    add_integer(
+        p,
         "--num-sinks",
-        type=int,
+        least=0,
         default=DEFAULT_NUM_SINKS,
-        help=f"sinks of the ring ({DEFAULT_NUM_SINKS})",
+        help="sinks of the timed ring",
     )
-    p.add_argument(
-        "--window",
-        type=int,
-        default=DEFAULT_WINDOW,
-        help=f"window of the ring, in tokens ({DEFAULT_WINDOW})",
+    add_integer(
+        p, "--window", least=1, default=DEFAULT_WINDOW, help="window of the timed ring, in tokens"
     )
     add_kv_options(p)
     p.set_defaults(**(GPU_DEFAULTS if source.is_available() else CPU_DEFAULTS))
@@ -77,25 +76,25 @@ def parser() -> Parser:
     p.add_argument(
         "--head-dim",
         nargs="+",
-        type=_positive,
+        type=_head_dim,
         metavar="DIM",
         help=f"head sizes, multiples of 16 ({_default('head_dim')})",
     )
     p.add_argument(
         "--group",
         nargs="+",
-        type=_positive,
+        type=integer(1, inputs.MAX_GROUP),
         metavar="N",
         help=f"query heads for each kv head, at most {inputs.MAX_GROUP} ({_default('group')})",
     )
     p.add_argument(
         "--queries",
         nargs="+",
-        type=_positive,
+        type=integer(1, MAX_QUERIES),
         metavar="N",
         help=f"new tokens of a decode step, at most {MAX_QUERIES} ({_default('queries')})",
     )
-    p.add_argument("--rounds", type=_positive, default=10, help="rounds of each timing (10)")
+    add_integer(p, "--rounds", least=1, default=10, help="rounds of each timing")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument(
         "--report",
@@ -108,10 +107,10 @@ def parser() -> Parser:
     return p
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+def _head_dim(text: str) -> int:
+    value = integer(16)(text)
+    if value % 16:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 16, got {value}")
     return value
 
 
@@ -184,12 +183,6 @@ def _number(value: float | None, spec: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if a kernel is wrong on this machine."""
     args: argparse.Namespace = parser().parse_args(arguments)
-    if any(dim % 16 for dim in args.head_dim):
-        raise ConfigError(f"--head-dim must be multiples of 16, got {_words(args.head_dim)}")
-    if max(args.group) > inputs.MAX_GROUP:
-        raise ConfigError(f"--group must be at most {inputs.MAX_GROUP}, got {max(args.group)}")
-    if max(args.queries) > MAX_QUERIES:
-        raise ConfigError(f"--queries must be at most {MAX_QUERIES}, got {max(args.queries)}")
     config = SinkConfig(args.num_sinks, args.window, **kv_settings(args))
     size = config.kv_group_size if config.bits[0] else 1
     head_dims = [dim for dim in args.head_dim if dim % size == 0]

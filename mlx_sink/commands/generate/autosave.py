@@ -125,7 +125,8 @@ class Runner:
             mlx-lm's finish reason; ``None`` if interrupted.
         """
         how = self.answering
-        left = -1 if how.max_tokens < 0 else how.max_tokens - self.place["made"]
+        # An answer that was begun under a larger limit may be longer than this one's already.
+        left = -1 if how.max_tokens < 0 else max(0, how.max_tokens - self.place["made"])
         if left == 0:
             return "length"
         for response in self.stream.generate(

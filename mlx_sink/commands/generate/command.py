@@ -41,15 +41,18 @@ from mlx_sink.models.attach import attach
 from mlx_sink.models.load import DEMO, load_draft, load_unattached
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
-from mlx_sink.stream.session import Described
+from mlx_sink.stream.session import Saved
 from mlx_sink.stream.stream import Stream
 
 PROG = program("generate")
+TEXTS = ("prompt", "system_prompt", "prefill_response", "stop", "extra_eos_token", "marker")
+"""Options whose values are text, and not names of files."""
+
 DEMO_TEMP = 0.7
 """Temperature for the demo model, unless stated: without one it repeats itself."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command's argument parser."""
     p = Parser(
         prog=PROG,
@@ -99,28 +102,31 @@ class _Run:
     def __init__(self, args: argparse.Namespace, stated: dict[str, Any]):
         self.args = args
         self.file = None if args.session is None else Path(args.session)
-        defaults = vars(parser().parse_args([]))
-        saved = turns.restore(args, stated, defaults) if self.file else None
+        saved = turns.restore(args, stated, parser()) if self.file else None
         _check(args)
         loaded = load_unattached(
             args.model,
             adapter_path=args.adapter_path,
-            tokenizer_config={"trust_remote_code": args.trust_remote_code},
             trust_remote_code=args.trust_remote_code,
         )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.asked = Asked(args, self.tokenizer, fresh=not (saved and saved.position))
-        self.plan: budget.Plan | None = None
+        self.plan: budget.Budget | None = None
         self.report = self._attach(loaded.context, loaded.settings, saved)
         how = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
-        note: dict[str, Any] = saved.note if saved else {}
+        note: dict[str, Any] = {**(saved.note if saved else {})}
         note["settings"] = how | turns.settings(args)
         for token in args.extra_eos_token:
-            self.tokenizer.add_eos_token(token)
+            try:
+                self.tokenizer.add_eos_token(token)
+            except ValueError:
+                raise ConfigError(
+                    f"--extra-eos-token must be a token of the model, got {token!r}"
+                ) from None
         self.chosen = sampling.sampling(how, self.tokenizer)
         draft = self._draft_options()
-        if saved and self.file:
-            self.stream = Stream.resume(self.file, self.model, self.tokenizer, **draft)
+        if saved:
+            self.stream = Stream.resume(saved, self.model, self.tokenizer, **draft)
             written = note.get("place", {}).get("written", 0)
             self._say(f"going on at token {self.stream.position}, after {written} bytes of text")
         else:
@@ -134,14 +140,14 @@ class _Run:
     def _say(self, line: str) -> None:
         terminal.say(f"session {str(self.file)!r}: {line}")
 
-    def _attach(self, context: int | None, own: Settings, saved: Described | None) -> Report:
+    def _attach(self, context: int | None, own: Settings, saved: Saved | None) -> Report:
         args = self.args
         num_sinks, window = args.num_sinks, args.window
         if args.pin_system_prompt:
             num_sinks = max(self.asked.pinned(), num_sinks or own.num_sinks or 0)
         sources: dict[str, str] = {}
         if saved:
-            config = SinkConfig.from_dict(saved.config)
+            config = saved.config
         else:
             config, sources = own_settings.apply(own, context, num_sinks, window)
             rollback = _num_draft_tokens(args) if args.draft_model else 0
@@ -273,6 +279,8 @@ def _num_draft_tokens(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise for values that only a later, less clear error would complain about."""
+    for name in TEXTS:
+        _check_text(f"--{name.replace('_', '-')}", getattr(args, name))
     if args.num_draft_tokens is not None and args.draft_model is None:
         raise ConfigError("--num-draft-tokens needs --draft-model")
     SinkConfig(
@@ -283,3 +291,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.memory is not None:
         parse_bytes(args.memory)
     follow.check(args)
+
+
+def _check_text(flag: str, value: str | Sequence[str] | None) -> None:
+    """Raise for bytes that are no UTF-8: they come as halves of pairs, and cannot be written."""
+    for text in [value] if isinstance(value, str) else value or ():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{flag} must be UTF-8, got {text!a}") from None

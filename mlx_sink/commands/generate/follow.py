@@ -9,10 +9,11 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from mlx_sink.commands.generate.autosave import Runner
-from mlx_sink.commands.generate.tail import LONGEST, Tail
-from mlx_sink.errors import ConfigError, SessionError, SinkError
+from mlx_sink.commands.generate.tail import LONGEST, MARK, Tail
+from mlx_sink.errors import ConfigError, SessionError
 from mlx_sink.io import terminal
 from mlx_sink.stream.chat import Frame, render_again
+from mlx_sink.stream.session import natural
 
 LONG = 1 << 18
 """Bytes of a file that take a while to read: from here on a bar is shown."""
@@ -50,6 +51,20 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("with --follow, an answer must end: leave --ignore-eos or -m -1 out")
 
 
+def check_place(place: Any) -> None:
+    """Check what a session says of the place in the followed file.
+
+    Raises:
+        ValueError: It is not what `Follower` notes. Other errors come from values of other types.
+    """
+    known = {"offset", "mark", "head", "answering"}
+    if not known - {"head"} <= place.keys() <= known or type(place["answering"]) is not bool:
+        raise ValueError(place)
+    mark, head = (bytes.fromhex(place.get(name, "")) for name in ("mark", "head"))
+    if max(len(mark), len(head)) > MARK or len(mark) > natural(place["offset"]):
+        raise ValueError(place)
+
+
 class Follower:
     """One run: lines in, answers out, at any length in constant memory.
 
@@ -76,14 +91,13 @@ class Follower:
         self._encode = cast("Callable[..., list[int]]", runner.stream.tokenizer.encode)
         saved = runner.place.get("follow")
         try:
-            self._tail = Tail(source, saved, terminal.warn)
-            answering = saved is not None and bool(saved["answering"])
-        except SinkError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError):
+            if saved is not None:
+                check_place(saved)
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise SessionError("the session's place in the followed file is damaged") from None
+        self._tail = Tail(source, saved, terminal.warn)
         self._began = saved is not None
-        self._place: dict[str, Any] = {"answering": answering}
+        self._place: dict[str, Any] = {"answering": saved is not None and saved["answering"]}
         runner.place["follow"] = self._place
         self._waiting: list[int] = []
 

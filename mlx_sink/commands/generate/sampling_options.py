@@ -15,6 +15,9 @@ from mlx_sink.stream.sampler import Sampling
 CONTEXT = 20
 """Newest tokens that a penalty looks at unless stated, as in mlx-lm."""
 
+MOST = 2**31 - 1
+"""Tokens that a penalty looks at, at the most: MLX counts in 32 bits."""
+
 PENALTIES = {
     "repetition": "logits of tokens that came up are divided by this",
     "presence": "taken from the logits of tokens that came up",
@@ -40,6 +43,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
             p,
             f"--{name}-context-size",
             least=1,
+            most=MOST,
             default=CONTEXT,
             help=f"newest tokens that the {name} penalty looks at",
         )
@@ -62,12 +66,16 @@ def sampling(settings: dict[str, Any], tokenizer: Any) -> Sampling:
     """Build what `settings` describes from mlx-lm's samplers and logits processors.
 
     Raises:
-        ConfigError: ``top_k`` is not below the size of the vocabulary.
+        ConfigError: ``top_k`` is not below the size of the vocabulary, or
+            ``min_tokens_to_keep`` above it.
     """
-    values = dict(settings)
-    if values["top_k"] >= len(tokenizer):
+    values, n = dict(settings), len(tokenizer)
+    if values["top_k"] >= n:
+        raise ConfigError(f"--top-k must be below the vocabulary's {n}, got {values['top_k']}")
+    if values["min_tokens_to_keep"] > n:
         raise ConfigError(
-            f"--top-k must be below the vocabulary's {len(tokenizer)}, got {values['top_k']}"
+            f"--min-tokens-to-keep must be at most the vocabulary's {n}, "
+            f"got {values['min_tokens_to_keep']}"
         )
     penalties = {
         f"{name}_{end}": values.pop(f"{name}_{end}")

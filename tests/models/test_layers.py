@@ -10,9 +10,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from every import tiny
+from feeding import feed
 from mlx_lm.models import cache as theirs
 from test_attach import refusal
-from test_every import feed
 from tiny import TOLERANCE, build, mixed, random_tokens
 
 from mlx_sink import CacheError, SinkConfig, UnsupportedModelError, attach

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from every import tiny
-from test_every import feed, tokens_of
+from feeding import feed, tokens_of
 
 from mlx_sink import SinkConfig, attach
 from mlx_sink.cache.group import leaves

@@ -107,6 +107,18 @@ def test_an_interrupted_turn_is_finished(
     assert len(rest) > 0
 
 
+def test_a_session_is_read_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be large, and another one may take its place between two looks at it."""
+    argv = [*SAMPLING, *SMALL, *PROMPT, "--session", str(tmp_path / "s"), "-m"]
+    first, _ = run(*argv, "20")
+    opened, read = list[Any](), store._read
+    monkeypatch.setattr(store, "_read", lambda *args: (opened.append(args), read(*args))[1])
+    rest, _ = run("--session", str(tmp_path / "s"), "-m", "10")
+    assert len(opened) == 1
+    monkeypatch.undo()
+    assert first + rest == run(*argv[:-2], str(tmp_path / "t"), "-m", "30")[0]
+
+
 def test_another_question_begins_another_turn(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

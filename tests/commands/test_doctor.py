@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import platform
 import re
+from importlib import metadata
 from pathlib import Path
 
 import host_metal
 import mlx.core as mx
 import pytest
 
+import mlx_sink
 from mlx_sink.attention.kernels import check_decode, check_prefill, inputs, prefill, source, trust
 from mlx_sink.commands.doctor import command, models
 from mlx_sink.commands.doctor.command import main
 from mlx_sink.commands.doctor.models import SHAPES, AttentionShape, Conditions
 from mlx_sink.errors import ConfigError, KernelError, OutputError
+from mlx_sink.measure.machine import machine
 
 SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
 
@@ -53,6 +56,27 @@ def test_without_metal_it_says_so_and_times_the_rest(capsys: pytest.CaptureFixtu
         assert row["sdpa_us"] > 0
     assert main(SMALL) == 0
     assert "no Metal on this machine" in capsys.readouterr().out
+
+
+def test_a_checkout_need_not_be_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """It is found on PYTHONPATH, and there is no metadata; then that of nothing else either."""
+    hidden = {"mlx-sink"}
+
+    def from_name(name: str) -> metadata.Distribution:
+        if name in hidden:
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    real = metadata.Distribution.from_name
+    monkeypatch.setattr(metadata.Distribution, "from_name", from_name)
+    for mlx in (mx.__version__, "not installed"):
+        assert main([*SMALL, "--json"]) == 0
+        of_doctor = json.loads(capsys.readouterr().out)["machine"]
+        for found in (machine().to_dict(), of_doctor):
+            assert (found["mlx-sink"], found["mlx"]) == (mlx_sink.__version__, mlx)
+        hidden |= {"mlx", "mlx-lm"}
 
 
 @pytest.mark.usefixtures("metal")
@@ -147,17 +171,26 @@ def test_prefill_that_is_slow_or_wrong(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--head-dim", "40"], "--head-dim must be multiples of 16"),
-        (["--group", "17"], "--group must be at most 16, got 17"),
-        (["--queries", "1", "9"], "--queries must be at most 8, got 9"),
-        (["--window", "0"], "window must be at least 1"),
-        (["--kv-bits", "8", "--head-dim", "48", "80"], "--kv-group-size 64 divides none of"),
-        (["--kv-bits", "5"], "kv_bits must be 8 or 4, got 5"),
+        (["--head-dim", "40"], "--head-dim: must be a multiple of 16, got 40"),
+        (["--head-dim", "0"], "--head-dim: must be an integer of at least 16, got 0"),
+        (["--group", "17"], "--group: must be an integer from 1 to 16, got 17"),
+        (["--queries", "1", "9"], "--queries: must be an integer from 1 to 8, got 9"),
+        (["--window", "0"], "--window: must be an integer of at least 1, got 0"),
+        (["--rounds", "few"], "--rounds: must be an integer of at least 1, got few"),
+        (["--kv-bits", "5"], "--kv-bits: invalid choice: 5"),
+        (["--reports"], "unrecognized arguments: --reports"),
     ],
 )
-def test_bad_input(arguments: list[str], said: str):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
         main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_group_size_that_divides_no_head():
+    with pytest.raises(ConfigError, match="--kv-group-size 64 divides none of --head-dim 48 80"):
+        main(["--kv-bits", "8", "--head-dim", "48", "80"])
 
 
 def test_no_gpu_where_the_kernels_are_demanded(monkeypatch: pytest.MonkeyPatch):

@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from brute_force import BASE, Heads, Stream, brute_force, softmax
 from every import tiny
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from test_attention import BASE, Heads, Stream, brute_force, softmax
 from tiny import cut, distance, every, mixed, visible
 
 from mlx_sink import CacheError, SinkConfig, attach, detach
@@ -150,7 +150,16 @@ def test_two_ways_to_be_exact_agree():
     ids=["steps", "7", "at once", "mixed", "mixed too"],
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("config", [CONFIG, SinkConfig(0, 6, epoch=6), SinkConfig(5, 1, epoch=9)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        SinkConfig(0, 6, epoch=6),
+        SinkConfig(5, 1, epoch=9),
+        SinkConfig(3, 7, epoch=13, rollback=2),
+    ],
+    ids=["usual", "no sinks", "no window", "spare slots"],
+)
 def test_equals_brute_force(
     shape: Shape, lengths: Callable[[], Iterable[int]], config: SinkConfig
 ):

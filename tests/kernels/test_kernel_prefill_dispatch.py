@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from brute_force import Extras, Heads, Stream, attended, brute_force
 from folder import make_folder
-from test_attention import Extras, Heads, Stream, attended, brute_force
 
 import mlx_sink
 from mlx_sink import SinkConfig

@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from brute_force import BASE, Heads, Stream, rotated, rotation_of, softmax
 from every import WINDOW, tiny
+from feeding import feed
 from mlx_lm.models.cache import ChunkedKVCache
-from test_attention import BASE, Heads, Stream, rotated, rotation_of, softmax
-from test_every import feed
 from tiny import TOLERANCE, cut, every, mixed, random_tokens
 
 from mlx_sink import SinkConfig, attach

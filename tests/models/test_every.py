@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from checkout import ROOT
 from every import architectures, no_single_layer, one_attention_layer, tiny, unavailable
+from feeding import assert_close, feed, tokens_of
 from mlx_lm.generate import generate_step
-from tiny import TOLERANCE, cut, mixed, recompute
 from tiny import every as each
+from tiny import mixed, recompute
 
 from mlx_sink import SinkConfig, UnsupportedModelError, attach
 from mlx_sink.cache.group import leaves
@@ -33,26 +31,6 @@ STEPS = 2 * E + 6
 
 model_of = cache(tiny)
 one_layer_of = cache(one_attention_layer)
-
-
-def tokens_of(model: nn.Module, n: int, seed: int = 0) -> np.ndarray:
-    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-    return np.random.default_rng(seed).integers(0, vocabulary, (1, n))
-
-
-def feed(
-    model: nn.Module, tokens: np.ndarray, caches: Sequence[Any], cuts: Iterable[int] = ()
-) -> np.ndarray:
-    """Feed tokens ``[1, n]`` in pieces and return all logits, ``[1, n, vocabulary]`` float32."""
-    pieces: list[mx.array] = []
-    for piece in cut(tokens.shape[1], cuts):
-        pieces.append(model(mx.array(tokens[:, piece]), cache=caches).astype(mx.float32))
-        mx.eval(pieces[-1], [c.state for c in caches])
-    return np.array(mx.concatenate(pieces, axis=1))
-
-
-def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
-    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE * max(1.0, theirs.std()), rtol=0)
 
 
 def test_every_architecture_is_verified_or_refused():

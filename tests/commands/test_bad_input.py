@@ -84,8 +84,19 @@ SETTINGS = {
     "penalty": (["--repetition-penalty", "0"], ["--repetition-penalty", "got 0"]),
     "penalty context": (
         ["--presence-context-size", "0"],
-        ["--presence-context-size", "at least 1"],
+        ["--presence-context-size", "from 1 to"],
     ),
+    "penalty context too long": (
+        ["--frequency-context-size", "9999999999"],
+        ["--frequency-context-size", "from 1 to 2147483647"],
+    ),
+    "tokens to keep": (
+        ["--min-p", "0.1", "--min-tokens-to-keep", "300"],
+        ["--min-tokens-to-keep", "vocabulary", "300"],
+    ),
+    "end that is no token": (["--extra-eos-token", "nonesuch"], ["--extra-eos-token", "nonesuch"]),
+    "prompt of bytes": (["-p", "\udcff"], ["--prompt", "UTF-8", "\\udcff"]),
+    "stop of bytes": (["--stop", "a", "\udcff"], ["--stop", "UTF-8", "\\udcff"]),
     "bits": (["--kv-bits", "3"], ["--kv-bits", "8, 4", "3"]),
     "bits of values": (["--kv-bits", "8", "--v-bits", "2"], ["--v-bits", "8, 4", "2"]),
     "bits of keys alone": (["--k-bits", "8"], ["k_bits alone", "kv_bits"]),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from every import one_attention_layer, tiny
-from test_every import assert_close, feed, tokens_of
+from feeding import assert_close, feed, tokens_of
 from tiny import every, recompute
 
 from mlx_sink import SinkConfig, attach

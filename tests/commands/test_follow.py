@@ -110,6 +110,17 @@ def test_it_reads_line_by_line_and_answers_at_the_marker(
     assert following.text.count("\n") >= 2
 
 
+def test_an_answer_under_way_ends_at_a_smaller_limit(loaded: tuple[Any, Any]):
+    """A restart may ask for shorter answers than the one that it goes on with."""
+    stream, text = Stream(*loaded, seed=2), list[str]()
+    stream.feed("the cat")
+    for made in (5, 3, 2):
+        how = Answering(Sampling(SAMPLER), 3, ignore_eos=True)
+        runner = Runner(stream, how, show=text.append, note={"place": {"made": made}})
+        assert runner.answer() == "length"
+        assert runner.tokens_made == max(0, 3 - made)
+
+
 def test_a_chat_template_is_written_around_each_turn(
     chat: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
