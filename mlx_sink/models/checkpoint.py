@@ -1,6 +1,8 @@
 """A model folder on disk, checked before anything in it is believed. No arrays are read.
 
-Weights are taken from safetensors files only: a pickle can run code when it is read.
+What mlx-lm does not look at, the index above all, is not held against a folder: it becomes a doubt
+that is told, or the reason where the folder does not load. Weights are taken from safetensors
+files only: a pickle can run code when it is read.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_sink.errors import ModelError, one_line
+from mlx_sink.models import folders, quantization
+
+CONFIG = "config.json"
 
 PATTERN = "model*.safetensors"
 """The weight files that mlx-lm reads."""
@@ -29,7 +34,8 @@ BYTES = {
 # fmt: on
 """Bytes of an element. Types of less than a byte are not here, and their shapes not checked."""
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*", "tokenizer*.py")
+"""One of these is in every folder whose tokenizer transformers can load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +46,32 @@ class Checkpoint:
         path: The folder.
         config: What its config.json says.
         shards: Bytes of each weight file, by name.
+        tensors: The type of each tensor, as safetensors spells it, by name.
+        missing: Weight files that the index names, and that are not there.
+        doubts: What is odd about the folder, and nothing that mlx-lm looks at: a line each.
     """
 
     path: Path
     config: dict[str, Any]
     shards: dict[str, int]
+    tensors: dict[str, str]
+    missing: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+    def explained(self, error: BaseException) -> str:
+        """Say why the folder did not load, from what was raised and from what it lacks."""
+        reason = one_line(error)
+        if self.missing:
+            more = f" and {len(self.missing) - 1} more" if self.missing[1:] else ""
+            return f"it lacks {self.missing[0]}{more}, which its index names ({reason})"
+        if not any(next(self.path.glob(pattern), None) for pattern in TOKENIZERS):
+            return f"it has no tokenizer, such as tokenizer.json ({reason})"
+        tool = quantization.describe(self.config)
+        return reason if tool is None else f"{reason} (its weights are quantised with {tool})"
 
 
 def check(path: Path) -> Checkpoint:
-    """Check a model folder: its configuration, its index, and that its weight files are whole.
+    """Check a model folder: its configuration, and that its weight files are whole.
 
     mlx-lm would find most of this too, but late, and not in one line.
 
@@ -58,48 +81,21 @@ def check(path: Path) -> Checkpoint:
     try:
         config = _config(path)
         shards = sorted(path.glob(PATTERN))
-        index = path / "model.safetensors.index.json"
-        weight_map = _weight_map(index, shards) if index.is_file() else {}
         if not shards:
-            raise ModelError(f"model folder {str(path)!r} has no {PATTERN}{_other_weights(path)}")
-        _check_tensors({shard: _tensor_names(shard) for shard in shards}, index, weight_map)
-        return Checkpoint(path, config, {shard.name: shard.stat().st_size for shard in shards})
+            raise ModelError(f"model folder {str(path)!r} has no {PATTERN}{_instead(path)}")
+        held = {shard: _tensors(shard) for shard in shards}
+        _check_once(held)
+        tensors = {name: kind for types in held.values() for name, kind in types.items()}
+        _check_types(path, config, tensors)
+        for file in (file for pattern in TOKENIZERS for file in path.glob(pattern)):
+            if folders.is_pointer(file):
+                raise ModelError(_pointer(file))
+        missing, doubts = _follow_index(path / "model.safetensors.index.json", held)
+        sizes = {shard.name: shard.stat().st_size for shard in shards}
+        return Checkpoint(path, config, sizes, tensors, missing, doubts)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ModelError(f"cannot read {str(error.filename or path)!r}: {reason}") from None
-
-
-def for_mlx_lm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says in transformers 5's spelling, in the one mlx-lm reads.
-
-    From version 5 on, transformers writes ``rope_theta``, ``rope_scaling`` and
-    ``partial_rotary_factor`` as one object, ``rope_parameters``. Most of mlx-lm's models do not
-    know it and fall back to a default rotary base without a word: other logits.
-
-    Args:
-        config: The contents of config.json.
-
-    Returns:
-        Keys to be added to it; those it has are never changed.
-    """
-    added: dict[str, Any] = {}
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict):
-        rope = cast("dict[str, Any]", rope)
-        local = rope.get("sliding_attention")
-        if isinstance(local, dict) and "rope_theta" in local:
-            added["rope_local_base_freq"] = local["rope_theta"]
-        # Where the kinds of layers differ, what mlx-lm calls rope_theta is that of the full ones.
-        if isinstance(rope.get("full_attention"), dict):
-            rope = cast("dict[str, Any]", rope["full_attention"])
-        added |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-        if rope.get("rope_type", "default") != "default":
-            added["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    text = config.get("text_config")
-    if isinstance(text, dict) and (inner := for_mlx_lm(cast("dict[str, Any]", text))):
-        added["text_config"] = text | inner
-        return {k: v for k, v in added.items() if config.get(k) is None or k == "text_config"}
-    return {k: v for k, v in added.items() if config.get(k) is None}
 
 
 def trained_context(config: object) -> int | None:
@@ -126,14 +122,27 @@ def _fields(config: object) -> Mapping[str, Any]:
 def _config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
-        raise ModelError(f"model folder {str(path)!r} has no config.json{_other_weights(path)}")
-    config = read_json(file)
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{str(file)!r} names no model_type")
+        raise ModelError(f"model folder {str(path)!r} has no config.json{_instead(path)}")
+    config = read_config(file)
     if "model_file" in config and not _is_plain(config["model_file"]):
         raise ModelError(
             f"{str(file)!r}: model_file {config['model_file']!r} is not in the folder"
         )
+    apart = path / "hf_quant_config.json"
+    if apart.is_file() and quantization.stated(config) is None and "quantization" not in config:
+        config["quantization_config"] = {"quant_method": "modelopt"} | read_json(apart)
+    return config
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a config.json.
+
+    Raises:
+        ModelError: It is damaged, or is not that of a model.
+    """
+    config = read_json(file)
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{str(file)!r} names no model_type{_instead(file.parent)}")
     return config
 
 
@@ -142,44 +151,66 @@ def _is_plain(name: object) -> bool:
     return isinstance(name, str) and name.strip(".") != "" and not set(name) & set("/\\\0")
 
 
-def _weight_map(index: Path, shards: list[Path]) -> dict[str, str]:
-    """Read an index and check that the files it names are there, in this folder."""
-    where = repr(str(index))
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{where} has no weight_map")
-    there = {shard.name for shard in shards}
-    files = cast("dict[str, object]", weight_map)
-    for name in sorted({str(file) for file in files.values()}):
-        if not _is_plain(name):
-            raise ModelError(f"{where} names {name!r}, which is not a file of this folder")
-        if not Path(name).match(PATTERN):
-            raise ModelError(f"{where} names {name!r}, and only {PATTERN} is read")
-        if name not in there:
-            raise ModelError(f"model folder {str(index.parent)!r} lacks {name}")
-    return {tensor: str(file) for tensor, file in files.items()}
+def _follow_index(
+    index: Path, held: Mapping[Path, Mapping[str, str]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the files that an index names in vain, and what is wrong with it, if anything.
+
+    mlx-lm reads every weight file that there is, and no index: that of a model before it was
+    quantised, say, is left over in many repositories.
+    """
+    if not index.is_file():
+        return (), ()
+    home = {name: shard.name for shard, names in held.items() for name in names}
+    files: dict[str, object] = {}
+    wrong: str | None = None
+    try:
+        weight_map = read_json(index).get("weight_map")
+        if isinstance(weight_map, dict) and weight_map:
+            files = cast("dict[str, object]", weight_map)
+        else:
+            wrong = "it has no weight_map"
+    except ModelError as error:
+        wrong = str(error)
+    missing = sorted({str(file) for file in files.values()} - {shard.name for shard in held})
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        wrong = f"it names {missing[0]}{more}, which the folder lacks"
+    elif elsewhere := [name for name, file in files.items() if home.get(name) != file]:
+        wrong = f"{files[elsewhere[0]]} holds no tensor {elsewhere[0]!r}"
+    if wrong is None:
+        return (), ()
+    doubt = f"{str(index)!r} is wrong, and is ignored as mlx-lm ignores it: {wrong}"
+    return tuple(missing), (doubt,)
 
 
-def _check_tensors(
-    held: Mapping[Path, set[str]], index: Path, weight_map: Mapping[str, str]
-) -> None:
-    """Raise unless every tensor is in one file, and in that which the index names."""
+def _check_once(held: Mapping[Path, Mapping[str, str]]) -> None:
+    """Raise unless every tensor is in one file: of two, whichever came last would be read."""
     home: dict[str, str] = {}
     for shard, names in held.items():
-        if twice := names & home.keys():
+        if twice := names.keys() & home.keys():
             name = min(twice)
             raise ModelError(
                 f"tensor {name!r} is in {home[name]} and in {shard.name} of "
-                f"{str(index.parent)!r}: remove the file that does not belong there"
+                f"{str(shard.parent)!r}: remove the file that does not belong there"
             )
         home |= dict.fromkeys(names, shard.name)
-    for name, file in weight_map.items():
-        if home.get(name) != file:
-            raise ModelError(f"{str(index)!r} is wrong: {file} holds no tensor {name!r}")
 
 
-def _tensor_names(path: Path) -> set[str]:
+def _check_types(path: Path, config: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
+    """Raise if MLX would take floating-point numbers of less than 16 bits for whole ones."""
+    small = [name for name, kind in tensors.items() if kind.startswith(("F8_", "F6_", "F4"))]
+    if small and "quantization" not in config and quantization.stated(config) is None:
+        raise ModelError(
+            f"model folder {str(path)!r} has weights in {tensors[small[0]]} ({small[0]!r}), which "
+            "mlx-lm does not read: get them in bfloat16"
+        )
+
+
+def _tensors(path: Path) -> dict[str, str]:
     """Return a safetensors file's tensors, having checked that their data is all there."""
+    if folders.is_pointer(path):
+        raise ModelError(_pointer(path))
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -198,7 +229,7 @@ def _tensor_names(path: Path) -> set[str]:
     if 8 + length + end != size:
         expected = 8 + length + end
         raise ModelError(f"{str(path)!r} is damaged: {size} bytes instead of {expected}")
-    return set(tensors)
+    return {name: str(tensor["dtype"]) for name, tensor in tensors.items()}
 
 
 class _LayoutError(ValueError):
@@ -221,20 +252,17 @@ def _end_of_data(tensors: dict[str, Any]) -> int:
     return at
 
 
-def _other_weights(path: Path) -> str:
-    """Say what to do about weights of a kind that is not read, if there are any."""
-    if any(path.glob("*.gguf")):
-        return (
-            " (GGUF is not read, as mlx-lm reads none: use the repository the file was made from)"
-        )
-    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if pickles:
-        return (
-            f" ({pickles[0]} is a pickle, which can run code and is never read: get a revision "
-            "with safetensors, or load it where you trust it in transformers and save_pretrained "
-            "it, which writes them)"
-        )
-    return ""
+def _instead(path: Path) -> str:
+    """Say what a folder holds instead of a model, if that can be told."""
+    what = folders.what_it_is(path)
+    return "" if what is None else f": it {what}"
+
+
+def _pointer(path: Path) -> str:
+    return (
+        f"{str(path)!r} is a pointer that Git LFS leaves for a file that it has not fetched: run "
+        "git lfs pull"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -244,7 +272,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: The file does not hold one.
     """
     try:
+        if folders.is_pointer(path):
+            raise ModelError(_pointer(path))
         value = json.loads(path.read_text(encoding="utf-8"))
+    except ModelError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {str(path)!r}: {one_line(error)}") from None
     if not isinstance(value, dict):

@@ -26,8 +26,8 @@ from mlx_sink.measure.calibrate import Calibration, calibrate, read
 from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
 from mlx_sink.models.checkpoint import Checkpoint
-from mlx_sink.models.lazy import parameters, weight_bytes
-from mlx_sink.models.load import by_mlx_lm, find, is_remote, load_unattached
+from mlx_sink.models.lazy import parameters, set_parameters, weight_bytes
+from mlx_sink.models.load import by_mlx_lm, find_checkpoint, load_unattached, repository_of
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
 
@@ -108,14 +108,10 @@ def convert(
     """
     start = time.perf_counter()
     target, recipe = _target(Path(mlx_path)), recipe or Recipe()
-    source = checkpoint.check(find(str(hf_path), revision))
+    source = find_checkpoint(str(hf_path), revision)
     # Lazily: shapes and types are known, no weight is read yet.
     model, tokenizer, config = by_mlx_lm(
-        str(hf_path),
-        source.path,
-        lazy=True,
-        model_config=checkpoint.for_mlx_lm(source.config),
-        trust_remote_code=trust_remote_code,
+        str(hf_path), source, lazy=True, trust_remote_code=trust_remote_code
     )
     own = Settings.of(config)
     context = checkpoint.trained_context(config)
@@ -132,8 +128,8 @@ def convert(
             with writing.progress(folder, nbytes, shards):
                 _save(folder, source, model, tokenizer, config)
             del model
-            if is_remote(str(hf_path)):
-                _write_card(folder, str(hf_path))
+            if repository := repository_of(str(hf_path)):
+                _write_card(folder, repository)
             checkpoint.check(folder)
             if calibrate_on is not None:
                 calibration, report = _calibrated(folder, calibrate_on, trust_remote_code)
@@ -158,8 +154,11 @@ def _target(path: Path) -> Path:
 def _report(model: nn.Module, own: Settings, context: int | None) -> Report:
     """Make sure that the model will stream before anything is written."""
     config, sources = settings.apply(own, context)
+    # A forward pass may change weights: Gemma 3n's clips some, in float32.
+    weights = parameters(model)
     report = replace(attach(model, config), sources=sources)
     detach(model)
+    set_parameters(model, weights)
     return report
 
 
