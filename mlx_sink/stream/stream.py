@@ -22,7 +22,7 @@ from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wi
 from mlx_sink.stream.randomness import fresh_key
 from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, greedy
 from mlx_sink.stream.speculative import Draft, check_caches
-from mlx_sink.stream.text import Text
+from mlx_sink.stream.stop_strings import ShownText
 
 
 class Stream:
@@ -76,7 +76,7 @@ class Stream:
         self.tokenizer: Any = tokenizer if wrapped else TokenizerWrapper(tokenizer)
         self.note: dict[str, Any] = {}
         self._whose: dict[str, str] | None = None
-        self._text: Text | None = None
+        self._text: ShownText | None = None
         self._turn = 0
         self._cancelled = Event()
         self._read = 0
@@ -127,7 +127,7 @@ class Stream:
         if restored.text is not None:
             try:
                 fresh = detokenizer_for(stream.tokenizer)
-                stream._text = Text.restored(fresh, restored.text)
+                stream._text = ShownText.restored(fresh, restored.text)
             except (TypeError, ValueError, KeyError, AttributeError):
                 raise SessionError(f"session {str(path)!r} does not fit the tokenizer") from None
         return stream
@@ -165,7 +165,7 @@ class Stream:
         fork._begin(self._loop.fork(), self.tokenizer)
         fork.note, fork._whose = dict(self.note), self._whose
         if self._text is not None:
-            fork._text = Text.restored(detokenizer_for(self.tokenizer), self._text.state())
+            fork._text = ShownText.restored(detokenizer_for(self.tokenizer), self._text.state())
         return fork
 
     @property
@@ -286,14 +286,14 @@ class Stream:
         self._cancelled.clear()
         self._turn += 1
         if self._text is None or self._text.stops != tuple(stop):
-            self._text = Text(detokenizer_for(self.tokenizer), stop)
+            self._text = ShownText(detokenizer_for(self.tokenizer), stop)
         tokens = self._loop.tokens(Sampling(sampler, tuple(logits_processors)))
         return self._responses(tokens, self._text, max_tokens, ignore_eos, flush)
 
     def _responses(
         self,
         tokens: Iterator[Made],
-        text: Text,
+        text: ShownText,
         max_tokens: int,
         ignore_eos: bool,
         flush: bool,
