@@ -33,7 +33,7 @@ LAYERS = [
     {"trace"},
     {"verify"},
     {"attach"},
-    {"detokenize", "randomness"},
+    {"detokenize"},
     {"choice"},
     {"draft"},
     {"text", "loop"},

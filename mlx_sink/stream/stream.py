@@ -19,8 +19,7 @@ from mlx_sink.models.attach import make_cache
 from mlx_sink.stream import session
 from mlx_sink.stream.detokenize import detokenizer_for
 from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wired
-from mlx_sink.stream.randomness import fresh_key
-from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, greedy
+from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, fresh_key, greedy
 from mlx_sink.stream.speculative import Draft, check_caches
 from mlx_sink.stream.stop_strings import ShownText
 
