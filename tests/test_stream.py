@@ -75,7 +75,8 @@ def test_text_is_fed_as_the_tokenizer_reads_it(loaded: tuple[Any, Any]):
     assert stream.encode("the cat")[0] == bos
     stream.feed("the cat")
     assert bos not in stream.encode("the cat")
-    assert Stream(*loaded).encode("<s>the cat") == Stream(*loaded).encode("the cat")
+    rendered = Stream(*loaded).encode("<s>the cat", special=True)
+    assert rendered == Stream(*loaded).encode("the cat")
     tokens = stream.encode(" and the dog")
     assert stream.feed(mx.array(tokens)) == len(tokens)
 

@@ -6,7 +6,7 @@ of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -27,6 +27,18 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 def greedy(logprobs: mx.array) -> mx.array:
     """Return the most likely token."""
     return mx.argmax(logprobs, axis=-1)
+
+
+def never(tokens: Iterable[int]) -> LogitsProcessor:
+    """Return a processor by which some tokens cannot be chosen."""
+    ids = sorted(tokens)
+
+    def forbid(_: mx.array, logits: mx.array) -> mx.array:
+        known = mx.array([i for i in ids if i < logits.shape[-1]], mx.int32)
+        logits[..., known] = float("-inf")
+        return logits
+
+    return forbid
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +101,19 @@ class History:
         self._window = window
 
     @classmethod
-    def of(cls, recent: Sequence[int], window: int, sampling: Sampling) -> History:
-        """Return the history of a list of tokens."""
+    def of(cls, recent: Sequence[int], window: int, sampling: Sampling, width: int) -> History:
+        """Return the history of a list of tokens, but for those that have no logit.
+
+        Args:
+            recent: The tokens.
+            window: How many of the newest count.
+            sampling: Has the processors that see them.
+            width: Logits of a token: processors look theirs up.
+        """
         if not sampling.processors:
             return cls(None, window)
-        return cls(mx.array(list(recent[-window:]), mx.int32), window)
+        tokens = [token for token in recent[-window:] if token < width]
+        return cls(mx.array(tokens, mx.int32), window)
 
     def then(self, token: mx.array) -> History:
         """Return the history after one more token, ``[1]``."""

@@ -185,8 +185,10 @@ def _restored(model: nn.Module, held: dict[str, Any], arrays: dict[str, mx.array
     window = max(1, _natural(held["penalty_window"]))
     loop = Loop(model, caches, key=key, penalty_window=window)
     loop.position = position
-    loop.recent.extend(_natural(token, expected.shape[-1]) for token in held["recent"])
+    loop.recent.extend(_natural(token, loop.vocabulary) for token in held["recent"])
     logits = arrays.get("logits")
+    if expected.shape[-1] > loop.vocabulary:
+        expected = expected[:, : loop.vocabulary]
     if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, expected.shape):
         raise ValueError(logits.shape)
     loop.logits = logits

@@ -40,6 +40,8 @@ from mlx_sink.models.attach import attach
 from mlx_sink.models.load import DEMO, load_draft, load_unattached
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
+from mlx_sink.models.vocabulary import vocabulary
+from mlx_sink.stream.control import add_end
 from mlx_sink.stream.session import Described
 from mlx_sink.stream.stream import Stream
 
@@ -63,6 +65,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prefill-response", help="how the answer is to begin")
     p.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
     p.add_argument("--chat-template-config", help="variables of the chat template, as JSON")
+    p.add_argument(
+        "--allow-special-tokens",
+        action="store_true",
+        help="read control tokens such as <|im_end|> in the prompt or the followed file as such "
+        "(default: as the text that they are)",
+    )
     add_sink_options(p)
     add_kv_options(p)
     budget.add_options(p)
@@ -74,11 +82,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max-tokens", "-m", type=int, default=100, help="tokens to generate, -1 for ever (100)"
     )
-    p.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    p.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="write for ever: go on after an end-of-text token; in an answer of a chat model, "
+        "never choose one",
+    )
     p.add_argument(
         "--extra-eos-token", nargs="+", default=[], help="more tokens that end the text"
     )
     p.add_argument("--stop", nargs="+", default=[], help="strings that end the text")
+    p.add_argument(
+        "--show-special-tokens",
+        action="store_true",
+        help="print control tokens too (default: only text)",
+    )
     turns.add_options(p)
     follow.add_options(p)
     sampling.add_options(p)
@@ -113,9 +131,12 @@ class _Run:
         how = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
         note: dict[str, Any] = saved.note if saved else {}
         note["settings"] = how | turns.settings(args)
+        tokens = vocabulary(self.model)
         for token in args.extra_eos_token:
-            self.tokenizer.add_eos_token(token)
-        self.chosen = sampling.sampling(how, self.tokenizer)
+            add_end(self.tokenizer, token, tokens)
+        # An answer that goes on after its end is the user's next turn, and it is not the model's.
+        endless = args.ignore_eos and self.asked.is_chat
+        self.chosen = sampling.sampling(how, self.tokenizer, tokens, endless=endless)
         draft = self._draft_options()
         if saved and self.file:
             self.stream = Stream.resume(self.file, self.model, self.tokenizer, **draft)
@@ -177,7 +198,13 @@ class _Run:
         args = self.args
         runner = self.runner = Runner(
             self.stream,
-            Answering(self.chosen, args.max_tokens, tuple(args.stop), args.ignore_eos),
+            Answering(
+                self.chosen,
+                args.max_tokens,
+                tuple(args.stop),
+                args.ignore_eos,
+                args.show_special_tokens,
+            ),
             show=terminal.write,
             interrupted=interrupted,
             file=self.file,
@@ -190,7 +217,8 @@ class _Run:
             runner.save()
         if args.follow is not None:
             around, question = self.asked.around(), self.asked.text
-            Follower(runner, args.follow, args.marker, around, question).run()
+            special = args.allow_special_tokens
+            Follower(runner, args.follow, args.marker, around, question, special=special).run()
         else:
             turns.take(runner, self.asked.name, self.asked.tokens, self._progress)
         if self.file is None:
