@@ -7,6 +7,7 @@
         print(response.text, end="", flush=True)
 
 The names below are imported when first used: ``import mlx_sink`` itself loads no model code.
+`mlx_sink.budget` is the module `mlx_sink.measure.budget`: the largest window that fits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         SinkError,
         UnsupportedModelError,
     )
+    from mlx_sink.measure import budget as budget
     from mlx_sink.models.attach import attach, detach
     from mlx_sink.models.load import load
     from mlx_sink.models.report import LayerReport, Report
@@ -80,14 +82,20 @@ _HOMES = {
     "Report": "models.report",
 }
 
+_MODULES = {"budget": "measure.budget"}
+"""Modules that are used as attributes: ``mlx_sink.budget.plan(...)``."""
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _MODULES:
+        value: Any = import_module(f"mlx_sink.{_MODULES[name]}")
+    elif name in _HOMES:
+        value = getattr(import_module(f"mlx_sink.{_HOMES[name]}"), name)
+    else:
         raise AttributeError(f"module 'mlx_sink' has no attribute {name!r}")
-    value = getattr(import_module(f"mlx_sink.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})

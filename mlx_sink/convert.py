@@ -1,6 +1,7 @@
 """The door of ``python -m mlx_sink.convert``; what it does is in `mlx_sink.commands`.
 
-``from mlx_sink.convert import convert`` is how programs call it.
+``from mlx_sink.convert import convert`` is how programs call it, with a `Recipe` for the weights
+and a `Text` to calibrate on.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from mlx_sink.commands.entry import run
 
 if TYPE_CHECKING:
-    from mlx_sink.commands.convert.convert import Converted, convert
+    from mlx_sink.commands.convert.convert import Converted, Text, convert
+    from mlx_sink.commands.convert.quantize import Recipe
 
-__all__ = ["Converted", "convert"]
+__all__ = ["Converted", "Recipe", "Text", "convert"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions whose text is one line that a user can act on."""
+"""Every error that mlx_sink raises; its message is one line that a user can act on."""
 
 
 class SinkError(ValueError):
@@ -17,11 +17,11 @@ class InputError(SinkError):
 
 
 class OutputError(SinkError):
-    """What was made cannot be written where it should go."""
+    """A result cannot be written to where it should go."""
 
 
 class SessionError(SinkError):
-    """A saved session cannot be gone on with: damaged, foreign, or of another model."""
+    """A saved session cannot be resumed: damaged, foreign, or of another model."""
 
 
 class ModelError(SinkError):
@@ -41,6 +41,6 @@ class KernelError(SinkError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's kind and the first line of what it says."""
+    """Return an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

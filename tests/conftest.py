@@ -1,22 +1,120 @@
-"""Settings for every test."""
+"""Settings for every test, and the table of those that are slow."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
+import slow
+from hypothesis import HealthCheck, settings
+from slow import Slow
 
 # A stray download would hang a machine without a network, and no test needs one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Points that no run has seen before: some in each run, many in that of all tests.
+for name, examples in (("dev", 8), ("ci", 120)):
+    settings.register_profile(
+        name,
+        settings.get_profile("default"),
+        max_examples=examples,
+        deadline=None,
+        derandomize=False,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what runs Metal text on a CPU where Metal itself is."""
+_ARCHITECTURES = """
+    deepseek_v3 deepseek_v32 gemma2 gemma3n gpt_oss jamba llama llama4 minicpm3 mixtral
+    nemotron-nas phi3 qwen3_next recurrent_gemma
+"""
+STAND_FOR_THE_REST = tuple(rf"\[{name}\]" for name in _ARCHITECTURES.split())
+"""One of each kind: dense, sliding, chunked, latent, sparse, recurrent, learned sinks, lenders."""
+
+ONE_OF_EACH_CHECK = (
+    "window one too long",  # Wrong numbers: of the decode kernel, the packed one, and prefill.
+    "bias left out",
+    "prefill: outputs not faded",
+    r"\[dead rows loaded",
+    "kv head ignored",
+    "slices merged before they are given",
+    "a barrier that half the slices skip",
+    "a sum that half the lanes skip",
+    "more than 32 KB shared",
+    "last row not stored",
+    "staged tiles taken for device memory",
+)
+"""A mistake for each thing that may notice it: `Mutation.kind`."""
+
+SLOW = [
+    # What some architectures show the others show too.
+    Slow("test_every.py", r"\[", ("refused", *STAND_FOR_THE_REST)),
+    Slow("test_every_tiny.py", "weight|logits|single", STAND_FOR_THE_REST),
+    Slow("test_calibrate.py", "test_shares_of_every_architecture", STAND_FOR_THE_REST),
+    # Points of a grid, beyond some that have every value of its axes.
+    Slow("test_kernel_grid.py", "test_grid", 11),
+    Slow("test_kernel_mutations.py", "test_killed", ONE_OF_EACH_CHECK),
+    Slow("test_kernel_dispatch.py", "test_a_few_new_tokens", ("plain-2", "plain-8", "softcap-3")),
+    Slow("test_draft.py", "test_the_text_of_the_model_alone", ("1-greedy", "3-pen", "5-p]")),
+    Slow("test_draft.py", "test_breaking_off", (r"\[1]", r"\[4]", r"\[23]")),
+    Slow(
+        "test_rollback.py", "test_what_follows", (r"llama-\[3", r"smollm3-\[1, 3", r"phi3.*-\[4")
+    ),
+    Slow("test_rollback.py", "test_a_loop_stands", ("0-4", "1-1", "2-0", "30-3", "31-2", "47-4")),
+    Slow("test_ring_rollback.py", "test_taken_back", ("-1]", "-3]")),
+    # What takes long, or a program that not everyone has.
+    Slow("test_compare.py", "test_an_interrupted_run_is_resumed", (r"\[9]",)),
+    Slow("test_convert.py", "test_killed_at_any_moment"),
+    Slow("test_turns.py", "test_killed_again|test_a_small_file_system"),
+    Slow("test_loop.py", "test_nothing_grows_in_eight_thousand_tokens"),
+    Slow("test_scripts.py", "test_soak_goes_on", (r"\[1-0]",)),
+    Slow("test_mutate_package.py", "test_what_the_tests_notice"),
+    Slow("test_package.py", "test_a_wheel"),
+    Slow("test_kernel_cuda.py", "compile"),
+    Slow("test_page.py"),
+]
+"""What the default set leaves out."""
+
+
+RUNS_ON_A_CPU = re.compile(
+    r"(^|/)test_(host_metal|kernel_|doctor)\w*\.py|test_scripts\.py::test_(measure|sweep)"
+)
+"""Tests that run the kernels' text on a CPU, or pretend that this machine has a GPU or none."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is."""
+    by_name = any("::" in argument for argument in config.args) or config.getoption("lf", False)
+    if not by_name:  # Who asks for some tests of a file gets them.
+        slow.mark(SLOW, items)
     skip = pytest.mark.skip(reason="the Metal runner is for Linux; here the kernels run for real")
     for item in items:
-        if sys.platform == "darwin" and item.path.name.startswith("test_host_metal"):
+        if sys.platform == "darwin" and RUNS_ON_A_CPU.search(item.nodeid):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the tests what a command has at a terminal, and nothing of what this user keeps.
+
+    A shell's background job ignores Ctrl-C, and a program under ``nohup`` ignores SIGHUP. What a
+    process ignores its children ignore too, and Python leaves it so.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLX_SINK_KERNEL", raising=False)
+        patch.setenv("MLX_SINK_CACHE", str(tmp_path_factory.mktemp("verdicts")))
+        yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ from itertools import groupby
 import mlx.core as mx
 
 from mlx_sink.attention import reference
+from mlx_sink.attention.kernels import check_decode, check_prefill
+from mlx_sink.attention.kernels.decode import decode, fits
+from mlx_sink.attention.kernels.decode_packed import decode_packed
+from mlx_sink.attention.kernels.prefill import prefill
+from mlx_sink.attention.kernels.tables import MAX_QUERIES, decode_tables, prefill_tables
 from mlx_sink.attention.packed import Packed
 from mlx_sink.attention.reference import BLOCK
 from mlx_sink.attention.ring import Block, Layout, Turn, blocks_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.kernels import prefillcheck, selfcheck
-from mlx_sink.kernels.decode import MAX_QUERIES, decode, fits, tables_of
-from mlx_sink.kernels.decode_packed import decode_packed
-from mlx_sink.kernels.prefill import prefill
-from mlx_sink.kernels.prefill import tables_of as prefill_tables_of
 
 STILL = frozenset([Turn.NONE])
 
@@ -86,15 +86,15 @@ def sink_attention(
 
     1. Quantised keys and values, and a call of at most 8 tokens whose keys lie in at most 8
        ranges (`kernels.decode.fits`): the kernel `kernels.decode_packed`, if it has passed its
-       check on this machine (`kernels.selfcheck.serves`). Elsewhere they are expanded first, and
-       then are as any others.
+       check on this machine (`kernels.check_decode.serves`). Elsewhere they are expanded first,
+       and then are as any others.
     2. No key of the block needs a turn (before the first wrap, without sinks, or in a layer
        without positions), and no score is capped: MLX's fused attention.
     3. Such a short call: the kernel `kernels.decode`, if it has passed its check on this machine,
        for as many tokens.
     4. A longer call: the kernel `kernels.prefill`, for all its blocks together, if it has passed
        its check on this machine and was faster there than the plain operations
-       (`kernels.prefillcheck.serves`). It knows no chunked attention (Llama 4).
+       (`kernels.check_prefill.serves`). It knows no chunked attention (Llama 4).
     5. Everything else: the plain operations, `reference.attend`.
 
     The kernels serve heads that begin with the rotated dimensions.
@@ -118,18 +118,18 @@ def sink_attention(
             packed is not None
             and rotation.start == 0
             and fits(layout, block, packed=True)
-            and selfcheck.serves(q, keys, values, rotation, packed=packed, **options)
+            and check_decode.serves(q, keys, values, rotation, packed=packed, **options)
         ):
-            tables = tables_of(layout, block, rotation, packed=True)
+            tables = decode_tables(layout, block, rotation, packed=True)
             return decode_packed(q, *packed, tables, scale=scale, **options)
         if is_still(block):
             return reference.attend_fused(q, keys, values, block, window, scale, learned_sinks)
         if (
             rotation.start == 0
             and fits(layout, block)
-            and selfcheck.serves(q, keys, values, rotation, **options)
+            and check_decode.serves(q, keys, values, rotation, **options)
         ):
-            tables = tables_of(layout, block, rotation)
+            tables = decode_tables(layout, block, rotation)
             return decode(q, keys, values, tables, scale=scale, **options)
         return reference.attend(turned.of(block), keys, values, block, window, **options)
 
@@ -139,11 +139,11 @@ def sink_attention(
         blocks = list(group)
         tile = None
         if is_chunk and not still:
-            tile = prefillcheck.serves(queries, keys, values, rotation, **options)
+            tile = check_prefill.serves(queries, keys, values, rotation, **options)
         if tile is None:
             outputs += map(attend, blocks)
             continue
         first, last = blocks[0].first, blocks[-1].last
-        tables = prefill_tables_of(layout, first, last, rotation, tile.queries)
+        tables = prefill_tables(layout, first, last, rotation, tile.queries)
         outputs.append(prefill(rows(first, last), keys, values, tables, scale=scale, **options))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)

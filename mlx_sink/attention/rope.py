@@ -61,9 +61,10 @@ class RopeCall:
 
     def is_like(self, other: RopeCall) -> bool:
         """Tell whether both rotate alike."""
-        mine = self.width, self.dims, self.traditional
-        theirs = other.width, other.dims, other.traditional
-        return mine == theirs and np.array_equal(self.frequencies(), other.frequencies())
+        pairs = self.width, self.dims, self.traditional
+        if pairs != (other.width, other.dims, other.traditional):
+            return False
+        return np.array_equal(self.frequencies(), other.frequencies())
 
 
 class Rotation:
@@ -136,15 +137,15 @@ class Rotation:
         self, key: object, make: Callable[[], tuple[mx.array, ...]]
     ) -> tuple[mx.array, ...]:
         """Return what was made for a key: all layers of a model ask for the same in a step."""
-        made = self._recent.get(key)
-        if made is None:
-            made = make()
+        arrays = self._recent.get(key)
+        if arrays is None:
+            arrays = make()
             if len(self._recent) >= 4:
                 # Streams of one model may run in several threads.
-                oldest, *_ = list(self._recent)
-                self._recent.pop(oldest, None)
-            self._recent[key] = made
-        return made
+                keys = list(self._recent)
+                self._recent.pop(keys[0], None)
+            self._recent[key] = arrays
+        return arrays
 
     def _table(self, positions: Sequence[int]) -> tuple[mx.array, mx.array]:
         """Return cos and signed sin, ``[L, dims]`` in float32, worked out in float64."""

@@ -96,16 +96,18 @@ class AlignedCache(SinkCache):
     def _aligned(self, layout: Layout, rows: mx.array) -> mx.array:
         block = whole(layout)
         double, parts, done = is_doubled(layout), list[mx.array](), 0
-        for span in (*sorted(block.spans, key=lambda s: s.start), None):
-            start = rows.shape[2] if span is None else span.start
-            if start > done:
-                # Rows that no query sees stay as they are: the mask leaves them out.
-                unseen = rows[:, :, done:start]
-                parts.append(self._doubled(unseen, Turn.NONE) if double else unseen)
-            if span is not None:
-                parts.append(self._span(layout, rows, span, double))
-                done = span.stop
+        for span in sorted(block.spans, key=lambda span: span.start):
+            parts += self._unseen(rows[:, :, done : span.start], double)
+            parts.append(self._span(layout, rows, span, double))
+            done = span.stop
+        parts += self._unseen(rows[:, :, done:], double)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+    def _unseen(self, part: mx.array, double: bool) -> list[mx.array]:
+        """Return rows that no query sees, if any, as they are: the mask leaves them out."""
+        if not part.shape[2]:
+            return []
+        return [self._doubled(part, Turn.NONE) if double else part]
 
     def _span(self, layout: Layout, rows: mx.array, span: Span, double: bool) -> mx.array:
         part = rows[:, :, span.start : span.stop]
@@ -146,14 +148,14 @@ class AlignedRope:
         rope: The model's own.
     """
 
-    def __init__(self, rope: nn.Module):
+    def __init__(self, rope: Any):
         self.rope = rope
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """Rotate ``[B, heads, L, width]``; doubled in a chunk that has sinks to turn to."""
-        y = cast("mx.array", cast("Any", self.rope)(x, offset=offset))
-        known = _at_work.cache
-        cache = None if known is None else known()
+        y = self.rope(x, offset=offset)
+        reference = _at_work.cache
+        cache = None if reference is None else reference()
         if cache is None or isinstance(offset, mx.array) or offset != cache.ring.position:
             return y
         layout = layout_of(cache.ring, x.shape[2])
@@ -201,6 +203,6 @@ def restore_ropes(model: nn.Module) -> None:
 
 
 def _is_rope(module: nn.Module) -> bool:
-    takes = getattr(cast("Any", type(module)).__call__, "__code__", None)
-    names = () if takes is None else takes.co_varnames[: takes.co_argcount]
+    code = getattr(cast("Any", type(module)).__call__, "__code__", None)
+    names = () if code is None else code.co_varnames[: code.co_argcount]
     return "offset" in names and not module.parameters()

@@ -47,7 +47,8 @@ class CacheGroup:
 
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens; see `SinkCache.trim`."""
-        return next(iter([cache.trim(n) for cache in self.caches]))
+        taken_back = [cache.trim(n) for cache in self.caches]
+        return taken_back[0]
 
     def size(self) -> int:
         """Return the tokens held."""

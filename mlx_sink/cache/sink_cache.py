@@ -12,7 +12,7 @@ from mlx_sink.attention.packed import Packed
 from mlx_sink.attention.reference import mask_of
 from mlx_sink.attention.ring import Layout, Ring, layout_of
 from mlx_sink.attention.rope import Rotation
-from mlx_sink.cache import lending
+from mlx_sink.cache import kv_sharing
 from mlx_sink.cache.storage import storage_of
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
@@ -120,7 +120,7 @@ class SinkCache:
         self._fetched = weakref.ref(fetched[0])
         if self.lends:
             self._lent = fetched
-            lending.note(self)
+            kv_sharing.note(self)
         return fetched
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:

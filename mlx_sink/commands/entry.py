@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 from mlx_sink import __version__
@@ -16,7 +17,7 @@ COMMANDS = {
     "convert": ("convert.command", "convert a Hugging Face checkpoint, measure its settings"),
     "plan": ("plan", "what a model will cost, from its config.json alone"),
     "compare": ("compare.command", "methods side by side on your text and machine"),
-    "doctor": ("doctor", "are the kernels right on this machine, and how fast"),
+    "doctor": ("doctor.command", "are the kernels right on this machine, and how fast"),
 }
 """Module below `mlx_sink.commands`, and what it does in a line."""
 
@@ -33,6 +34,11 @@ USAGE = "\n".join(
 )
 
 
+def command(name: str) -> ModuleType:
+    """Import and return the module of a command: it has a ``parser`` and a ``main``."""
+    return import_module(f"mlx_sink.commands.{COMMANDS[name][0]}")
+
+
 def run(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and leave with its exit status.
 
@@ -43,8 +49,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> NoReturn:
 
     def main() -> int:
         # Within the guard: the imports take a second, and Ctrl-C may come in it.
-        module = import_module(f"mlx_sink.commands.{COMMANDS[name][0]}")
-        return module.main(argv)
+        return command(name).main(argv)
 
     terminal.run(main, program(name))
 

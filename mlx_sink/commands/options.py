@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlx_sink.commands.numbers import add_integer
 from mlx_sink.config import (
+    BITS,
     DEFAULT_GROUP_SIZE,
     DEFAULT_NUM_SINKS,
     DEFAULT_WINDOW,
+    GROUP_SIZES,
     NUM_DRAFT_TOKENS,
 )
 from mlx_sink.io.terminal import STATUS_ERROR
@@ -49,17 +52,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sink_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what the stream keeps."""
-    parser.add_argument(
+    add_integer(
+        parser,
         "--num-sinks",
-        type=int,
-        help="first tokens that are never evicted (default: as the model's config.json says, or "
-        f"{DEFAULT_NUM_SINKS})",
+        least=0,
+        usual=f"as the model's config.json says, or {DEFAULT_NUM_SINKS}",
+        help="first tokens that are never evicted",
     )
-    parser.add_argument(
+    add_integer(
+        parser,
         "--window",
-        type=int,
-        help="newest tokens that stay visible (default: as the model's config.json says, or "
-        f"{DEFAULT_WINDOW}, or as many as its trained context holds)",
+        least=1,
+        usual=f"as the model's config.json says, or {DEFAULT_WINDOW}, or as many as its trained "
+        "context holds",
+        help="newest tokens that stay visible",
     )
 
 
@@ -70,11 +76,13 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}-bits",
             type=int,
+            choices=BITS,
             help=f"bits to quantise the cache's {what} to, 8 or 4 (default: the model's dtype)",
         )
     parser.add_argument(
         "--kv-group-size",
         type=int,
+        choices=GROUP_SIZES,
         default=DEFAULT_GROUP_SIZE,
         help=f"elements that share a scale: 32, 64 or 128 ({DEFAULT_GROUP_SIZE})",
     )
@@ -91,6 +99,6 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         "--draft-model",
         help="a smaller model of the same family that guesses tokens ahead: the same text, sooner",
     )
-    parser.add_argument(
-        "--num-draft-tokens", type=int, help=f"tokens guessed at once ({NUM_DRAFT_TOKENS})"
-    )
+    usual = str(NUM_DRAFT_TOKENS)
+    what = "tokens guessed at once"
+    add_integer(parser, "--num-draft-tokens", least=1, usual=usual, help=what)

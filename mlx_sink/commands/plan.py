@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,75 @@ from mlx_sink.commands import plots
 from mlx_sink.commands.options import Parser, add_sink_options, program
 from mlx_sink.io import terminal
 from mlx_sink.io.units import format_bytes, parse_tokens, short
-from mlx_sink.measure.costs import LENGTHS, plan
+from mlx_sink.measure.estimate import LENGTHS, Estimate, Series, estimate
 from mlx_sink.models.lazy import DTYPES
 
 PROG = program("plan")
 DESCRIPTION = (
     "Work out a model's memory and work for full attention, and for sinks and window, at any "
     "length. Only its configuration is read."
+)
+
+
+def _count(n: float) -> str:
+    """Format a large count for people."""
+    for unit in ("", " K", " M", " G", " T", " P"):
+        if n < 1000:
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:,.0f} E"
+
+
+def _rate(n: float) -> str:
+    return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
+
+
+# A palette that people with any colour vision can tell apart (Okabe and Ito, 2008).
+STYLES: dict[str, dict[str, Any]] = {
+    "full": {"color": "#999999", "label": "full attention"},
+    "window": {"color": "#0072b2", "linestyle": ":", "label": "window only"},
+    "sinks": {"color": "#009e73", "linewidth": 3, "label": "sinks + window"},
+    "sinks_8bit": {"color": "#e69f00", "label": "the same, 8 bits"},
+    "sinks_4bit": {"color": "#d55e00", "label": "the same, 4 bits"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """Values over the length of the stream: a table of the text, and a plot.
+
+    Attributes:
+        heading: Of the table; the lengths follow.
+        title: Of the plot.
+        series: Takes the values out of an estimate.
+        write: Formats a value for people.
+    """
+
+    heading: str
+    title: str
+    series: Callable[[Estimate], Series]
+    write: Callable[[float], str]
+
+
+QUANTITIES = (
+    Quantity(
+        "bytes of the cache at",
+        "bytes of the cache",
+        lambda estimate: estimate.cache_bytes,
+        format_bytes,
+    ),
+    Quantity(
+        "attention: multiply-adds of a token at",
+        "attention: multiply-adds of a token",
+        lambda estimate: estimate.decode_multiply_adds,
+        _count,
+    ),
+    Quantity(
+        "attention: multiply-adds of a prompt of",
+        "attention: multiply-adds of the prompt",
+        lambda estimate: estimate.prefill_multiply_adds,
+        _count,
+    ),
 )
 
 
@@ -43,75 +106,82 @@ def parser() -> Parser:
     return p
 
 
-def as_text(found: dict[str, Any], report: str) -> str:
-    """Lay a plan out for people.
-
-    Args:
-        found: From `planning.plan`.
-        report: The table of `attach`.
-    """
-    weights = found["weights"]
-    dtype = found["dtype"] + " (assumed)" * found["dtype_assumed"]
-    context = found["context"]
+def as_text(estimate: Estimate) -> str:
+    """Lay an estimate out for people."""
+    context, weights = estimate.context, estimate.weights
+    dtype = estimate.dtype + " (assumed)" * estimate.dtype_assumed
     lines = [
-        report,
-        f"weights {format_bytes(weights['bytes'])} in {dtype}, of which a token reads "
-        f"{format_bytes(weights['read_by_a_token'])}; trained on "
+        str(estimate.report),
+        f"weights {format_bytes(weights.nbytes)} in {dtype}, of which a token reads "
+        f"{format_bytes(weights.read_by_a_token)}; trained on "
         + (f"{context} tokens" if context else "an unknown number of tokens"),
-        f"full attention takes {found['bytes_per_token']} bytes a token",
-        *(f"note: {note}" for note in found["notes"]),
-        "",
-        *_table("bytes of the cache at", found, "cache_bytes", format_bytes),
-        "",
-        *_table("attention: multiply-adds of a token at", found, "decode_multiply_adds", _count),
-        "",
-        *_table("attention: multiply-adds of a prompt of", found, "prefill_multiply_adds", _count),
-        "",
-        f"{'memory (2^30 bytes)':<28}{'full attention':>20}{'streams of sinks + window':>28}"
-        f"{'window of --memory':>20}",
+        f"full attention takes {estimate.bytes_per_token} bytes a token",
+        *(f"note: {note}" for note in estimate.notes),
     ]
-    for fit in found["fits"]:
-        full = "any length" if fit["full_tokens"] is None else f"{fit['full_tokens']:,} tokens"
-        window = f"{fit['window']:,}" if fit["window"] else "-"
-        cells = (full, f"{fit['streams'] or 0:,}") if fit["beside_weights"] else ("-", "-")
-        lines.append(f"{fit['memory_gib']:>19} GB      {cells[0]:>20}{cells[1]:>28}{window:>20}")
-    lines += ["", *_chips(found)]
+    for quantity in QUANTITIES:
+        lines += ["", *_table(quantity, estimate)]
+    lines += ["", *_fits(estimate), "", *_chips(estimate)]
     return "\n".join(lines) + "\n"
 
 
-def _table(title: str, found: dict[str, Any], key: str, write: Any) -> list[str]:
-    head = "".join(f"{short(n):>12}" for n in found["lengths"])
-    lines = [f"{title:<40}{head}"]
-    for name, values in found[key].items():
-        cells = "".join(f"{'-' if v is None else write(v):>12}" for v in values)
-        lines.append(f"  {plots.STYLES[name]['label']:<38}{cells}")
+def _table(quantity: Quantity, estimate: Estimate) -> list[str]:
+    head = "".join(f"{short(n):>12}" for n in estimate.lengths)
+    lines = [f"{quantity.heading:<40}{head}"]
+    for name, values in quantity.series(estimate).items():
+        cells = "".join(f"{'-' if v is None else quantity.write(v):>12}" for v in values)
+        lines.append(f"  {STYLES[name]['label']:<38}{cells}")
     return lines
 
 
-def _chips(found: dict[str, Any]) -> list[str]:
-    lengths = found["lengths"]
-    head = "".join(f"{short(n):>9}" for n in lengths)
+def _fits(estimate: Estimate) -> list[str]:
+    lines = [
+        f"{'memory (2^30 bytes)':<28}{'full attention':>20}{'streams of sinks + window':>28}"
+        f"{'window of --memory':>20}"
+    ]
+    for fit in estimate.fits:
+        full, streams = "-", "-"
+        if fit.beside_weights:
+            full = "any length" if fit.full_tokens is None else f"{fit.full_tokens:,} tokens"
+            streams = f"{fit.streams or 0:,}"
+        window = f"{fit.window:,}" if fit.window else "-"
+        lines.append(f"{fit.memory_gib:>19} GB      {full:>20}{streams:>28}{window:>20}")
+    return lines
+
+
+def _chips(estimate: Estimate) -> list[str]:
+    head = "".join(f"{short(n):>9}" for n in estimate.lengths)
     title = "tokens/s at most, by bandwidth"
     lines = [f"{title:<31}{'GB/s':>8}  {'sinks':>8} | full{head[4:]}"]
-    for chip in found["chips"]:
-        full = "".join(f"{_rate(v):>9}" for v in chip["full"])
+    for limit in estimate.chips:
+        full = "".join(f"{_rate(v):>9}" for v in limit.full)
         lines.append(
-            f"  {chip['chip']:<29}{chip['gb_per_s']:>8g}  {_rate(chip['sinks'][-1]):>8} | {full}"
+            f"  {limit.chip.name:<29}{limit.chip.gb_per_s:>8g}  "
+            f"{_rate(limit.sinks[-1]):>8} | {full}"
         )
     return lines
 
 
-def _count(n: float) -> str:
-    """Write a large count for people."""
-    for unit in ("", " K", " M", " G", " T", " P"):
-        if n < 1000:
-            return f"{n:.3g}{unit}"
-        n /= 1000
-    return f"{n:,.0f} E"
-
-
-def _rate(n: float) -> str:
-    return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
+def draw(estimate: Estimate) -> Any:
+    """Draw memory and work over the length of the stream, as a matplotlib figure."""
+    figure = plots.new_figure(8, 11)
+    for axes, quantity in zip(figure.subplots(len(QUANTITIES)), QUANTITIES, strict=True):
+        series = quantity.series(estimate)
+        for name, values in series.items():
+            known = [(n, v) for n, v in zip(estimate.lengths, values, strict=True) if v]
+            if known:
+                axes.plot(*zip(*known, strict=True), marker="o", markersize=4, **STYLES[name])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(estimate.lengths, [short(n) for n in estimate.lengths])
+        axes.minorticks_off()
+        if any(v for values in series.values() for v in values):
+            axes.set_yscale("log")
+        axes.set_title(quantity.title, loc="left", fontsize=10)
+        plots.plain(axes)
+    figure.axes[0].legend(frameon=False)
+    figure.axes[-1].set_xlabel("tokens of the stream")
+    name = f"{estimate.report.model_type}: {estimate.model}"
+    figure.suptitle(name, fontsize=11, parse_math=False)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,10 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.plot:
         plots.check_path(args.plot)
     sizes = {"num_sinks": args.num_sinks, "window": args.window}
-    found, report = plan(args.model, **sizes, dtype=args.dtype, lengths=lengths)
+    result = estimate(args.model, **sizes, dtype=args.dtype, lengths=lengths)
     if args.plot:
-        plots.save(plots.draw_plan(found), args.plot)
-    terminal.write(
-        json.dumps(found, indent=1) + "\n" if args.json else as_text(found, str(report))
-    )
+        plots.save(draw(result), args.plot)
+    text = json.dumps(result.to_dict(), indent=1) + "\n" if args.json else as_text(result)
+    terminal.write(text)
     return 0

@@ -1,6 +1,7 @@
-"""Files and folders that appear whole or not at all, and what killed writers left behind.
+"""Write files and folders atomically: they appear whole or not at all.
 
-What is being written lies beside its target as ``.NAME.PID.tmp``, is synced, and renamed.
+A file is written beside its target as ``.NAME.PID.tmp``, synced, and renamed. What killed writers
+left behind is removed by the next writer of the same target.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from mlx_sink.errors import OutputError
 
 
 def temporary(path: Path) -> Path:
-    """Return where this process writes what is to become ``path``."""
+    """Return the temporary path at which this process writes what becomes ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def clean(path: Path) -> None:
-    """Remove what earlier writers of a file or folder left behind when they were killed."""
+    """Remove the temporary files that killed writers of a path left behind."""
     path = Path(os.path.realpath(path))
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.tmp")
     with contextlib.suppress(OSError):
@@ -36,9 +37,9 @@ def clean(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
-    """Yield an open file that takes the place of ``path`` when the block ends without an error.
+    """Yield an open file that replaces ``path`` when the block ends without an error.
 
-    The file before stays whole until this one is on the disk. A link is followed.
+    The old file stays until the new one is on the disk. A symbolic link is followed.
 
     Args:
         path: Where it goes.
@@ -64,7 +65,7 @@ def whole_file(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Put a file in the place of the one before, which stays until this one is on the disk.
+    """Write a file; the old one stays until the new one is on the disk.
 
     Raises:
         OutputError: It cannot be written.
@@ -85,7 +86,7 @@ def whole_folder(path: Path) -> Generator[Path]:
         path: A folder that does not exist, in one that does.
 
     Raises:
-        OSError: It cannot be written, or something else has taken the name meanwhile.
+        OSError: It cannot be written, or the name has been taken meanwhile.
     """
     path = Path(os.path.realpath(path))
     clean(path)
@@ -97,7 +98,7 @@ def whole_folder(path: Path) -> Generator[Path]:
             if file.is_file():
                 sync_file(file)
         sync_folder(folder)
-        # A folder may take the place of an empty one; of a file, or of anything more, it cannot.
+        # A rename replaces an empty folder, but neither a file nor a folder with files.
         os.rename(folder, path)
         sync_folder(path.parent)
     except BaseException:
@@ -125,7 +126,7 @@ def _is_other_process(pid: int) -> bool:
 
 
 def sync_file(path: Path) -> None:
-    """Put a file's data on the disk."""
+    """Flush a file's data to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
@@ -134,20 +135,20 @@ def sync_file(path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Put an open file's data on the disk."""
+    """Flush an open file's data to the disk."""
     os.fsync(descriptor)
-    # On a Mac fsync leaves the data in the drive's own memory.
-    if (whole := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
-        fcntl.fcntl(descriptor, whole)
+    # On a Mac fsync leaves the data in the drive's cache.
+    if (full_sync := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+        fcntl.fcntl(descriptor, full_sync)
 
 
 def sync_folder(path: Path) -> None:
-    """Put a folder's entries on the disk."""
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems cannot sync a folder, and order renames by themselves.
+        # Some file systems cannot sync a folder; they order renames by themselves.
         if error.errno != errno.EINVAL:
             raise
     finally:

@@ -1,10 +1,11 @@
-"""A file of tensors and JSON that is written whole or not at all, and read only when it is sound.
+"""Read and write a file of tensors and JSON: written atomically, verified before it is used.
 
-The format is safetensors, so that any tool can look inside. Its ``__metadata__`` begins with a
-SHA-256 over the whole file (taken with zeros in the place of the sum itself) and holds the JSON.
-Nothing in a file is ever run, and nothing is allocated before the file has been checked.
+The format is safetensors, so that any tool can read it. Its ``__metadata__`` holds the JSON, after
+a SHA-256 of the whole file (computed with zeros in the place of the sum itself). Nothing in a file
+is executed, and nothing is allocated before the file has been verified.
 
-A tree of arrays and plain values, such as a cache's state, goes to JSON and back by `pack`.
+`pack` and `unpack` convert a tree of arrays and plain values, such as a cache's state, to JSON and
+back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NO_SUM = b"0" * 64
 SUM_AT = 8 + len(START)
 
 MAX_HEADER = 1 << 20
-"""Bytes of a header at most: hundreds of layers take a tenth of it."""
+"""Largest header, in bytes; hundreds of layers take a tenth of it."""
 
 BLOCK = 1 << 20
 
@@ -57,11 +58,11 @@ _writing = Lock()
 
 
 def write(path: Path, note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> None:
-    """Put a file in the place of the one before, which stays whole until this one is on disk.
+    """Write a file; the old one stays until the new one is on the disk.
 
     Args:
-        path: Where it goes.
-        note: JSON-ready.
+        path: The file.
+        note: Values that JSON can hold, stored in the header.
         arrays: The tensors.
 
     Raises:
@@ -114,10 +115,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         The note and the tensors.
 
     Raises:
-        SessionError: It is not there, or is not, or no longer, such a file.
+        SessionError: It is missing, damaged, or not such a file.
     """
     try:
-        # A pipe would wait for a writer.
+        # Opening a pipe would block until it has a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
@@ -133,7 +134,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
 
 
 class _UnsoundError(Exception):
-    """What is wrong with a file, to be put after "session ... is"."""
+    """What is wrong with a file, as the end of the message "session ... is"."""
 
 
 _FOREIGN = "not a session of mlx_sink"
@@ -154,7 +155,7 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, mx.array
         digest.update(block)
     if digest.hexdigest().encode() != start[SUM_AT:]:
         raise _UnsoundError(_DAMAGED)
-    # Sound as it is, it may still have been made by someone else.
+    # The sum is right, but another program may have made the file.
     try:
         entries: dict[str, Any] = json.loads(header[8:])
         metadata = entries.pop("__metadata__")
@@ -180,10 +181,10 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, mx.array
 def _tensors(
     entries: dict[str, Any], room: int
 ) -> dict[str, tuple[mx.Dtype, list[int], int, int]]:
-    """Check that the tensors fill the data exactly, one after the other.
+    """Check that the tensors lie one after the other and fill the data exactly.
 
     Raises:
-        ValueError: They do not. Other errors come from values of other types.
+        ValueError: They do not. Values of other types raise other errors.
     """
     tensors: dict[str, tuple[mx.Dtype, list[int], int, int]] = {}
     at = 0
@@ -202,10 +203,10 @@ def _tensors(
 
 
 def pack(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
-    """Turn a tree into JSON, its arrays put aside under names.
+    """Convert a tree to JSON; its arrays go into ``arrays`` under names.
 
     Raises:
-        CacheError: The tree holds something that is neither.
+        CacheError: The tree holds something that is neither an array nor JSON.
     """
     if isinstance(value, mx.array):
         arrays[name] = value
@@ -222,29 +223,29 @@ def pack(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
 
 
 def unpack(value: Any, arrays: Mapping[str, mx.array]) -> Any:
-    """Turn what `pack` made into the tree again.
+    """Convert what `pack` returned back to the tree.
 
     Raises:
-        ValueError: It is not what `pack` makes; other errors from values of other types.
+        ValueError: It is not what `pack` returns. Values of other types raise other errors.
     """
     if not isinstance(value, dict):
         if isinstance(value, list):
             raise ValueError(cast("object", value))
         return value
-    ((kind, held),) = cast("dict[str, Any]", value).items()
+    ((kind, content),) = cast("dict[str, Any]", value).items()
     if kind == "array":
-        return arrays[held]
+        return arrays[content]
     if kind == "list":
-        return [unpack(v, arrays) for v in held]
+        return [unpack(v, arrays) for v in content]
     if kind == "tuple":
-        return tuple(unpack(v, arrays) for v in held)
+        return tuple(unpack(v, arrays) for v in content)
     if kind == "dict":
-        return {name: unpack(v, arrays) for name, v in held.items()}
+        return {name: unpack(v, arrays) for name, v in content.items()}
     raise ValueError(kind)
 
 
 def copied(value: Any) -> Any:
-    """Return a tree whose arrays may be written into without changing the original's."""
+    """Return a deep copy of a tree: writing into its arrays does not change the original."""
     arrays: dict[str, mx.array] = {}
     packed = pack(value, "", arrays)
     return unpack(packed, {name: mx.array(array) for name, array in arrays.items()})

@@ -1,4 +1,4 @@
-"""A command and its terminal: exit statuses, one-line errors, output, Ctrl-C, progress."""
+"""How a command meets its terminal: exit status, errors, output, signals, progress bars."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
     A `SinkError` becomes one line on stderr and status 2; so does output that cannot be
     written. A closed pipe ends quietly, Ctrl-C with status 130.
     """
+    if sys.stderr is None:  # closed by whoever called: print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open until the end
     try:
+        if sys.stdout is None:
+            raise OutputError("cannot write the output: standard output is closed")
         status = main()
     except SinkError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -36,14 +40,15 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
 
 
 def write(text: str) -> None:
-    """Write to stdout at once.
+    """Write to stdout at once; a character that its encoding lacks becomes a question mark.
 
     Raises:
         BrokenPipeError: The reader is gone.
         OutputError: The output cannot be written.
     """
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
         # Python writes what is left in its buffer once more when it exits: to nowhere, then.
@@ -54,58 +59,62 @@ def write(text: str) -> None:
 
 
 class Interrupt:
-    """Ctrl-C, or a polite kill, as a question that is asked between tokens.
+    """A flag that Ctrl-C, SIGTERM or a closed terminal sets; commands ask for it between tokens.
 
-    Within the ``with`` block the first one is only noted, so that nothing breaks off half-way;
-    the second one interrupts at once.
+    Within the ``with`` block the first signal only sets the flag, so that no step is interrupted
+    half-way; a second Ctrl-C or SIGTERM interrupts at once. A terminal that closes may send its
+    signal twice.
 
     Attributes:
-        status: The exit status it asks for: 0 while there was none.
+        status: The exit status to leave with: 0 while no signal has arrived.
     """
 
     def __init__(self) -> None:
         self.status = 0
 
     def __call__(self) -> bool:
-        """Tell whether there was one."""
+        """Return whether a signal has arrived."""
         return self.status != 0
 
     def _note(self, number: int, _: object) -> None:
-        if self.status:
+        if self.status and number != signal.SIGHUP:
             raise KeyboardInterrupt
-        self.status = 128 + number
+        self.status = self.status or 128 + number
 
     def __enter__(self) -> Interrupt:
-        """Begin to listen."""
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        """Install the signal handlers."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants it ignored
+            numbers.append(signal.SIGHUP)
+        self._before = {n: signal.signal(n, self._note) for n in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put back what was there."""
+        """Restore the handlers of before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
 def say(line: str) -> None:
-    """Tell the person at the terminal something; output is what goes to stdout."""
+    """Print a message to stderr; stdout is for the output."""
     print(line, file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:
-    """Say something that does not end the run."""
+    """Print a warning to stderr."""
     say(f"warning: {line}")
 
 
 def bar(total: float | None, what: str, unit: str, **options: Any) -> tqdm[Any]:
-    """Return a progress bar on stderr, which leaves nothing behind.
+    """Return a progress bar on stderr that is erased when it is closed.
 
-    Where stderr is no terminal every redrawing is a line: one in ten seconds.
+    Where stderr is not a terminal each update is a line of its own, one every ten seconds.
 
     Args:
         total: Units in all.
-        what: What goes on, a word.
+        what: A word for the work.
         unit: What is counted.
-        options: More, as tqdm takes them.
+        options: Further options of tqdm.
     """
     pace = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(total=total, desc=what, unit=unit, mininterval=pace, leave=False, **options)

@@ -1,4 +1,4 @@
-"""Numbers as people write them: of tokens, where 4K is 4,096, and of bytes, where 2GB is 2e9."""
+"""Parse and format numbers of tokens (4K is 4,096) and of bytes (2GB is 2e9)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def short(n: int) -> str:
-    """Write a number of tokens as people say it: 4K, 1M."""
+    """Format a number of tokens, in K or M where it is a multiple: 4K, 1M."""
     for unit in ("M", "K"):
         if n and n % SIZES[unit] == 0:
             return f"{n // SIZES[unit]}{unit}"
@@ -20,10 +20,10 @@ def short(n: int) -> str:
 
 
 def parse_tokens(text: str) -> int:
-    """Read a number of tokens, such as 4096, 4K or 10M.
+    """Parse a number of tokens, such as 4096, 4K or 10M.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not a number of that kind.
     """
     match = re.fullmatch(r"(\d+)([KM]?)", text.strip().upper())
     if match is None or int(match[1]) == 0:
@@ -32,7 +32,7 @@ def parse_tokens(text: str) -> int:
 
 
 def format_bytes(n: float) -> str:
-    """Write a number of bytes for people, in units of 1000."""
+    """Format a number of bytes, in units of 1000."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if n < 1000 or unit == "GB":
             break
@@ -41,10 +41,10 @@ def format_bytes(n: float) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """Read a number of bytes: ``2GB`` is 2e9, ``2GiB`` 2 * 2**30.
+    """Parse a number of bytes: ``2GB`` is 2e9, ``2GiB`` is 2 * 2**30.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not a number of that kind.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None or (match[3] and not match[2]) or float(match[1]) == 0:

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx import utils
 
 from mlx_sink.attention.dispatch import BLOCK
 from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError, UnsupportedModelError
 from mlx_sink.io.units import format_bytes
-from mlx_sink.models.attach import attach, trained_context
+from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoint import trained_context
+from mlx_sink.models.lazy import parameters, weight_bytes
 from mlx_sink.models.report import Report
 
 IN_FLIGHT = 16
@@ -124,7 +125,7 @@ def largest(
 ) -> Plan:
     """Do as `plan`, for a machine that need not be this one."""
     base = config or SinkConfig(DEFAULT_NUM_SINKS, 1)
-    weights = _weights(model)
+    weights = weight_bytes(model)
 
     def of(window: int) -> Plan:
         sized = replace(base, window=window)
@@ -132,7 +133,7 @@ def largest(
         room = batch * workspace(model, sized, report, prefill_step_size)
         return Plan(limit, sized, report, weights, batch * report.nbytes, room)
 
-    context = context or trained_context(model) or LONGEST
+    context = context or trained_context(getattr(model, "args", None)) or LONGEST
     smallest, most = of(1), max(1, context - base.num_sinks)
     if smallest.total > limit:
         raise ConfigError(_too_small(smallest, of(min(most, 1024)), limit))
@@ -162,7 +163,7 @@ def check(model: nn.Module, limit: int, config: SinkConfig, prefill_step_size: i
     _check_device(limit)
     report = attach(model, config)
     room = workspace(model, config, report, prefill_step_size)
-    found = Plan(limit, config, report, _weights(model), report.nbytes, room)
+    found = Plan(limit, config, report, weight_bytes(model), report.nbytes, room)
     if found.total > limit:
         raise ConfigError(
             f"--memory {format_bytes(limit)} is not enough for a window of {config.window}: "
@@ -191,23 +192,15 @@ def workspace(model: nn.Module, config: SinkConfig, report: Report, step: int) -
     return at_once * scores + 5 * size * step * width // 2 + 3 * rows + 8 * logits
 
 
-def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
-    return cast("list[tuple[str, mx.array]]", cast("Any", utils).tree_flatten(module.parameters()))
-
-
-def _weights(model: nn.Module) -> int:
-    return sum(weight.nbytes for _, weight in _parameters(model))
-
-
 def _sizes(model: nn.Module) -> set[int]:
     """Return the bytes of a number in each type that activations may have."""
-    floats = {w.itemsize for _, w in _parameters(model) if mx.issubdtype(w.dtype, mx.floating)}
+    floats = {w.itemsize for _, w in parameters(model) if mx.issubdtype(w.dtype, mx.floating)}
     return floats or {4}
 
 
 def _outputs(layer: nn.Module) -> int:
     """Return how many numbers the matrices of a layer make of one token; all experts count."""
-    matrices = [w for name, w in _parameters(layer) if name.endswith("weight") and w.ndim > 1]
+    matrices = [w for name, w in parameters(layer) if name.endswith("weight") and w.ndim > 1]
     return sum(w.size // w.shape[-1] for w in matrices)
 
 
@@ -219,7 +212,7 @@ def _heads(layer: nn.Module) -> int:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return max((w.shape[0] for _, w in _parameters(model) if w.ndim > 1), default=0)
+    return max((w.shape[0] for _, w in parameters(model) if w.ndim > 1), default=0)
 
 
 def _check_device(limit: int) -> None:

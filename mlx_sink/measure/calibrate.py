@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError
 from mlx_sink.io import terminal
+from mlx_sink.measure.losses import chunk_losses, cut
 from mlx_sink.measure.sink_share import SinkShare, sink_share
 from mlx_sink.models.attach import attach, detach, make_cache
 from mlx_sink.models.settings import Settings
@@ -24,24 +24,24 @@ WINDOWS = 5
 """Sizes of the window that are tried, each half of the next."""
 TOLERANCE = 0.01
 """Loss in nats, 1 % of perplexity, that counts as none."""
-BLOCK = 16
+NEIGHBOURS = 16
 """Neighbouring tokens whose losses count as one when their spread is estimated."""
 SIGNIFICANT = 3
-"""Standard errors: the best of five arms is the best by chance too."""
+"""Standard errors: one of five candidates is the best by chance too."""
 CHUNK = 256
 MIN_TOKENS, MAX_TOKENS = 128, 16_384
 SHARE_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class Candidate:
     """One pair of settings, measured.
 
     Attributes:
         num_sinks: As in `SinkConfig`.
         window: As in `SinkConfig`.
-        loss: Mean loss in nats over the tokens that all arms of its table share.
-        over_best: How much that is above the best arm of the table.
+        loss: Mean loss in nats, over the same tokens for all candidates of a table.
+        over_best: How much that is above the best candidate of the table.
         error: Standard error of `over_best`, from the means of 16 neighbouring tokens each.
         cache_bytes: Bytes of a full cache for one sequence.
     """
@@ -60,10 +60,10 @@ class Calibration:
 
     Attributes:
         tokens: Tokens of the text that were read.
-        sinks: Arms of one capacity that differ in their sinks.
-        sinks_from: The token from which on these arms' losses count: nothing is evicted before.
-        windows: Arms that differ in their window.
-        windows_from: The same for these.
+        sinks: Candidates of one capacity that differ in their sinks.
+        sinks_from: The first token whose loss counts for them: all have evicted some by then.
+        windows: Candidates that differ in their window.
+        windows_from: The first token whose loss counts for these.
         share: Attention on the first tokens.
         settings: What is recommended.
         sinks_matter: Without sinks the loss is higher, by more than `TOLERANCE` and by more than
@@ -74,9 +74,9 @@ class Calibration:
     """
 
     tokens: int
-    sinks: tuple[Arm, ...]
+    sinks: tuple[Candidate, ...]
     sinks_from: int
-    windows: tuple[Arm, ...]
+    windows: tuple[Candidate, ...]
     windows_from: int
     share: SinkShare
     settings: Settings
@@ -85,8 +85,8 @@ class Calibration:
 
     @property
     def verdict(self) -> str:
-        """What it comes to, in a few sentences."""
-        without, best = self.sinks[0], min(self.sinks, key=lambda arm: arm.loss)
+        """The result in a few sentences."""
+        without, best = self.sinks[0], min(self.sinks, key=lambda candidate: candidate.loss)
         s = self.settings
         if self.sinks_matter:
             ratio = math.exp(without.loss - best.loss)
@@ -114,9 +114,9 @@ class Calibration:
             "recommended": asdict(self.settings),
             "sinks_matter": self.sinks_matter,
             "is_levelled": self.is_levelled,
-            "sinks": [asdict(arm) for arm in self.sinks],
+            "sinks": [asdict(candidate) for candidate in self.sinks],
             "sinks_from": self.sinks_from,
-            "windows": [asdict(arm) for arm in self.windows],
+            "windows": [asdict(candidate) for candidate in self.windows],
             "windows_from": self.windows_from,
             "share": {
                 "tokens": share.tokens,
@@ -134,9 +134,9 @@ def calibrate(
 ) -> Calibration:
     """Measure a model on a text: attention on the first tokens, and loss by sinks and by window.
 
-    Every arm streams the same tokens, and the losses of those past every arm's first eviction
-    are compared. ``num_sinks`` is the smallest number, and ``window`` the smallest size, whose
-    loss is within 1 % of perplexity of the best one.
+    Every candidate streams the same tokens, and the losses of those past every candidate's first
+    eviction are compared. ``num_sinks`` is the smallest number, and ``window`` the smallest size,
+    whose loss is within 1 % of perplexity of the best one.
 
     Args:
         model: A model from mlx-lm. What it was attached with is taken back.
@@ -154,12 +154,12 @@ def calibrate(
     capacity, largest = _power_of_two(min(reach, n // 4)), _power_of_two(min(reach, 2 * n // 3))
     tried = [s for s in SINKS if 2 * s < capacity]
     sizes = [largest >> i for i in reversed(range(WINDOWS)) if largest >> i > 2 * max(tried)]
-    total = (len(tried) + len(sizes)) * n
+    total = (len(tried) + len(sizes)) * (n - 1)
     try:
         with terminal.bar(total, "calibrating", "tok") as bar:
 
-            def measured(configs: Sequence[SinkConfig], since: int) -> tuple[Arm, ...]:
-                return _arms(model, tokens, configs, since, bar)
+            def measured(configs: Sequence[SinkConfig], since: int) -> tuple[Candidate, ...]:
+                return _candidates(model, tokens, configs, since, bar)
 
             share = sink_share(model, tokens[: min(reach, SHARE_TOKENS)])
             sinks = measured([SinkConfig(s, capacity - s) for s in tried], capacity)
@@ -197,57 +197,50 @@ def _power_of_two(most: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def _smallest(arms: Sequence[Arm]) -> Arm:
-    """Return the first arm, in rising order of size, that is as good as the best."""
-    return next(arm for arm in arms if arm.over_best <= TOLERANCE)
+def _smallest(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the first candidate, in rising order of size, that is as good as the best."""
+    return next(candidate for candidate in candidates if candidate.over_best <= TOLERANCE)
 
 
-def _arms(
+def _candidates(
     model: nn.Module,
     tokens: list[int],
     configs: Sequence[SinkConfig],
     since: int,
     bar: tqdm[Any],
-) -> tuple[Arm, ...]:
+) -> tuple[Candidate, ...]:
+    """Stream the tokens with each configuration, and compare the losses of those from since on."""
     sizes: list[int] = []
     losses: list[np.ndarray] = []
     for config in configs:
         sizes.append(attach(model, config).nbytes)
         losses.append(_losses(model, tokens, bar)[since:])
     best = min(losses, key=lambda loss: float(loss.mean()))
-    arms: list[Arm] = []
-    for config, nbytes, loss in zip(configs, sizes, losses, strict=True):
-        difference = loss - best
-        arms.append(
-            Arm(
-                config.num_sinks,
-                config.window,
-                float(loss.mean()),
-                float(difference.mean()),
-                _error(difference),
-                nbytes,
-            )
+    return tuple(
+        Candidate(
+            num_sinks=config.num_sinks,
+            window=config.window,
+            loss=float(loss.mean()),
+            over_best=float((loss - best).mean()),
+            error=_error(loss - best),
+            cache_bytes=nbytes,
         )
-    return tuple(arms)
+        for config, nbytes, loss in zip(configs, sizes, losses, strict=True)
+    )
 
 
 def _error(difference: np.ndarray) -> float:
-    """Return the standard error of a mean over a text, whose neighbouring tokens go together."""
-    blocks = np.array(
-        [part.mean() for part in np.array_split(difference, len(difference) // BLOCK)]
-    )
-    return float(blocks.std(ddof=1) / math.sqrt(len(blocks)))
+    """Return the standard error of a mean over a text, whose neighbouring tokens correlate."""
+    parts = np.array_split(difference, len(difference) // NEIGHBOURS)
+    means = np.array([part.mean() for part in parts])
+    return float(means.std(ddof=1) / math.sqrt(len(means)))
 
 
 def _losses(model: nn.Module, tokens: list[int], bar: tqdm[Any]) -> np.ndarray:
     """Return the loss of every next token of a stream in nats, float64 ``[n - 1]``."""
-    caches = make_cache(model)
+    inputs, targets = cut(tokens, None)
     parts: list[np.ndarray] = []
-    for i in range(0, len(tokens) - 1, CHUNK):
-        chunk = tokens[i : i + CHUNK + 1]
-        logits = cast("mx.array", model(mx.array([chunk[:-1]]), cache=caches))[0]
-        losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(chunk[1:]))
-        cast("Any", mx).eval(losses, [cache.state for cache in caches])
-        parts.append(np.array(losses, np.float64))
-        bar.update(len(chunk) - 1)
+    for _, losses in chunk_losses(model, make_cache(model), inputs, targets, CHUNK):
+        parts.append(losses[0].astype(np.float64))
+        bar.update(losses.size)
     return np.concatenate(parts)

@@ -1,8 +1,8 @@
-"""Arms side by side on one text, in one process: what each costs, and what it still knows.
+"""Methods side by side on one text, in one process: what each costs, and what it still knows.
 
-All arms read the same tokens up to a length; then each decodes the same last tokens before it, in
-turns, and is timed. Those tokens are part of the text like all others, so nothing is fed that does
-not count. Then the next length.
+All methods read the same tokens up to a length; then each decodes the same last tokens before it,
+in turns, and is timed. Those tokens are part of the text as all others are, so nothing is fed that
+does not count. Then the next length.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError, UnsupportedModelError
-from mlx_sink.measure import losses
-from mlx_sink.measure import methods as arms
-from mlx_sink.measure.losses import Losses, Tokens
+from mlx_sink.measure import losses, methods
+from mlx_sink.measure.losses import Losses, Mean, Tokens
 from mlx_sink.measure.machine import timed
+from mlx_sink.measure.results import BesideRecompute, Measurement, MethodResult
 from mlx_sink.models.lazy import weight_bytes
 
 STEPS = 32
@@ -31,21 +31,21 @@ STEPS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ComparisonSettings:
     """What is compared.
 
     Attributes:
-        config: Sinks and window; other arms keep as many tokens.
-        arms: Names of `arms.NAMES`.
+        config: Sinks and window; other methods keep as many tokens.
+        methods: Names of `methods.NAMES`.
         lengths: Tokens at which everything is measured, ascending.
         chunk: Tokens read at once.
-        seconds: Reading time after which an arm is stopped.
+        seconds: Reading time after which a method is stopped.
         samples: Tokens between two lengths that are recomputed.
-        limit: Bytes of cache beyond which an arm is stopped.
+        limit: Bytes of cache beyond which full attention is stopped.
     """
 
     config: SinkConfig
-    arms: tuple[str, ...]
+    methods: tuple[str, ...]
     lengths: tuple[int, ...]
     chunk: int = 512
     seconds: float = 180.0
@@ -59,34 +59,37 @@ class Settings:
 
 
 @dataclass(slots=True)
-class Arm:
-    """Where one arm stands.
+class MethodRun:
+    """How far one method has come.
 
     Attributes:
-        name: Of `arms.NAMES`.
+        name: Of `methods.NAMES`.
         caches: Its caches.
-        losses: Of the tokens that it has read; those of `arms.SAMPLED` of the samples.
-        sampled: Positions of those samples.
+        losses: Of the tokens that it has read; `methods.SAMPLED` has those of the samples.
+        sampled: Positions of the samples.
         at: What was measured at each length.
         seconds: Time spent reading.
-        bucket: Tokens and seconds of reading since the last length.
+        bucket_tokens: Tokens read since the last length.
+        bucket_seconds: Time spent reading since then.
         workspace: Most bytes that reading has taken since then beside the caches.
         stopped: Why it went no further.
+        position: Tokens that it has read.
     """
 
     name: str
     caches: list[Any]
     losses: list[Losses] = field(default_factory=list[Losses])
     sampled: list[int] = field(default_factory=list[int])
-    at: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    at: list[Measurement] = field(default_factory=list[Measurement])
     seconds: float = 0.0
-    bucket: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    bucket_tokens: float = 0.0
+    bucket_seconds: float = 0.0
     workspace: int = 0
     stopped: str | None = None
     position: int = 0
 
     def add(self, part: Losses) -> None:
-        """Take in the losses of the next tokens."""
+        """Add the losses of the next tokens."""
         self.losses.append(part)
         self.position += part.size
 
@@ -95,9 +98,13 @@ class Arm:
         self.losses = [np.concatenate([np.empty(0, np.float32), *self.losses])]
         return self.losses[0]
 
+    def result(self) -> MethodResult:
+        """Return what has been measured so far."""
+        return MethodResult(self.position, self.stopped, tuple(self.at))
+
 
 class Comparison:
-    """A run that can stop after any step and go on.
+    """A comparison that can be stopped after any step, saved and resumed.
 
     Args:
         model: From `load`.
@@ -106,117 +113,123 @@ class Comparison:
         settings: What to compare.
 
     Attributes:
-        arms: Where each stands, by name.
-        skipped: Arms that the model cannot have, and why.
+        runs: How far each method has come, by name.
+        skipped: Methods that the model cannot have, and why.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tokens, targets: Tokens, settings: Settings):
+    def __init__(
+        self, model: nn.Module, inputs: Tokens, targets: Tokens, settings: ComparisonSettings
+    ):
         self.model, self.settings = model, settings
         self._inputs, self._targets = inputs, targets
-        self.arms: dict[str, Arm] = {}
+        self._weights = weight_bytes(model)
+        self.runs: dict[str, MethodRun] = {}
         self.skipped: dict[str, str] = {}
-        for name in settings.arms:
+        for name in settings.methods:
             try:
-                made = [] if name == arms.SAMPLED else arms.caches_of(name, model, settings.config)
-                self.arms[name] = Arm(name, made)
+                is_sampled = name == methods.SAMPLED
+                caches = [] if is_sampled else methods.caches_of(name, model, settings.config)
+                self.runs[name] = MethodRun(name, caches)
             except UnsupportedModelError as error:
                 self.skipped[name] = str(error)
 
     def seconds_left(self) -> float:
-        """Return how long reading will go on, by the speed of each arm so far."""
+        """Return how long reading will go on, by the speed of each method so far."""
         end, left = self.settings.lengths[-1], 0.0
-        for arm in self._streams():
-            if arm.stopped or arm.position >= end:
+        for run in self._streams():
+            if run.stopped or run.position >= end:
                 continue
-            tokens, seconds = arm.bucket
-            speed = tokens / seconds if seconds else None
-            if speed is None and arm.at:
-                speed = arm.at[-1]["prefill_tokens_per_s"]
-            most = max(0.0, self.settings.seconds - arm.seconds)
-            left += most if speed is None else min(most, (end - arm.position) / speed)
+            speed = run.bucket_tokens / run.bucket_seconds if run.bucket_seconds else None
+            if speed is None and run.at:
+                speed = run.at[-1].prefill_tokens_per_s
+            most = max(0.0, self.settings.seconds - run.seconds)
+            left += most if speed is None else min(most, (end - run.position) / speed)
         return left
 
     def steps(self) -> Iterator[None]:
-        """Go on to the end; after each step everything is consistent."""
+        """Go on to the end; after each step the comparison can be saved."""
         for length in self.settings.lengths:
-            for arm in self._streams():
-                yield from self._read(arm, length)
+            for run in self._streams():
+                yield from self._read(run, length)
             self._decode(length)
             yield
-            if arms.SAMPLED in self.arms:
-                self._recompute(self.arms[arms.SAMPLED], length)
+            if methods.SAMPLED in self.runs:
+                self._recompute(self.runs[methods.SAMPLED], length)
                 yield
 
-    def _streams(self) -> list[Arm]:
-        return [arm for name, arm in self.arms.items() if name != arms.SAMPLED]
+    def _streams(self) -> list[MethodRun]:
+        return [run for name, run in self.runs.items() if name != methods.SAMPLED]
 
-    def _read(self, arm: Arm, length: int) -> Iterator[None]:
-        until, chunk = length - STEPS, arms.chunk_of(arm.name, self.settings.chunk)
-        if arm.position < until and not arm.stopped:
-            held = arms.nbytes(arm.caches)
-            grown = held * until // max(arm.position, 1)
-            if arm.name == "full" and arm.position and grown > self.settings.limit:
-                arm.stopped = f"{grown / 1e9:.1f} GB of cache would not fit"
-            elif arm.at:
-                # To read on without coming to the next length would show nothing.
-                rest = (until - arm.position) / arm.at[-1]["prefill_tokens_per_s"]
-                if not arm.bucket[0] and arm.seconds + rest > self.settings.seconds:
-                    arm.stopped = "its time is out before the next length"
-        while arm.position < until and not arm.stopped:
-            # A chunk in the middle ends where it would in a run that was not stopped.
-            end = min(until, arm.position + max(chunk, 16))
-            before, span = mx.get_active_memory(), slice(arm.position, end)
-            mx.reset_peak_memory()
-            parts = losses.chunk_losses(
-                self.model, arm.caches, self._inputs[:, span], self._targets[:, span], chunk
-            )
-            began = time.perf_counter()
-            read = [part[0] for _, part in parts]
-            took = time.perf_counter() - began
-            for part in read:
-                arm.add(part)
-            arm.workspace = max(arm.workspace, mx.get_peak_memory() - before)
-            arm.seconds += took
-            arm.bucket = [arm.bucket[0] + end - span.start, arm.bucket[1] + took]
-            if arm.seconds > self.settings.seconds and arm.position < until:
-                arm.stopped = "its time was out"
+    def _read(self, run: MethodRun, length: int) -> Iterator[None]:
+        end = length - STEPS
+        if run.position < end and not run.stopped:
+            run.stopped = self._reason_to_stop(run, end)
+        while run.position < end and not run.stopped:
+            self._read_chunk(run, end)
             yield
 
+    def _reason_to_stop(self, run: MethodRun, end: int) -> str | None:
+        """Say why a method is not to read on to the next length, or return ``None``."""
+        bytes_then = methods.nbytes(run.caches) * end // max(run.position, 1)
+        if run.name == "full" and run.position and bytes_then > self.settings.limit:
+            return f"{bytes_then / 1e9:.1f} GB of cache would not fit"
+        if run.at and not run.bucket_tokens:
+            # To read on without reaching the next length would show nothing.
+            seconds_more = (end - run.position) / run.at[-1].prefill_tokens_per_s
+            if run.seconds + seconds_more > self.settings.seconds:
+                return "its time is out before the next length"
+        return None
+
+    def _read_chunk(self, run: MethodRun, end: int) -> None:
+        chunk = methods.chunk_of(run.name, self.settings.chunk)
+        start = run.position
+        # Also where tokens are read one by one, a step is long enough to be worth saving after.
+        stop = min(end, start + max(chunk, 16))
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        began = time.perf_counter()
+        parts = [part[0] for _, part in self._losses(run, slice(start, stop), chunk)]
+        seconds = time.perf_counter() - began
+        for part in parts:
+            run.add(part)
+        run.workspace = max(run.workspace, mx.get_peak_memory() - before)
+        run.seconds += seconds
+        run.bucket_tokens += stop - start
+        run.bucket_seconds += seconds
+        if run.seconds > self.settings.seconds and run.position < end:
+            run.stopped = "its time was out"
+
+    def _losses(self, run: MethodRun, span: slice, chunk: int) -> Iterator[tuple[int, Losses]]:
+        inputs, targets = self._inputs[:, span], self._targets[:, span]
+        return losses.chunk_losses(self.model, run.caches, inputs, targets, chunk)
+
     def _decode(self, length: int) -> None:
-        """Decode the last tokens before a length with every arm that got there, in turns."""
-        alive = [arm for arm in self._streams() if arm.position == length - STEPS]
-        times: dict[str, list[float]] = {arm.name: [] for arm in alive}
+        """Decode the last tokens before a length with every method that got there, in turns."""
+        alive = [run for run in self._streams() if run.position == length - STEPS]
+        times: dict[str, list[float]] = {run.name: [] for run in alive}
         for t in range(length - STEPS, length):
-            for arm in alive if t % 2 else reversed(alive):
-                span = slice(t, t + 1)
-                step = losses.chunk_losses(
-                    self.model, arm.caches, self._inputs[:, span], self._targets[:, span], 1
+            for run in alive if t % 2 else reversed(alive):
+                step = self._losses(run, slice(t, t + 1), 1)
+                times[run.name].append(timed(lambda step=step, run=run: _take(step, run)).wall)
+        for run in alive:
+            nbytes = methods.nbytes(run.caches)
+            run.at.append(
+                self._measurement(
+                    length,
+                    times[run.name],
+                    part=run.all_losses()[self._since(length) : length],
+                    block=losses.DRAWN_TOGETHER,
+                    prefill_tokens_per_s=round(run.bucket_tokens / run.bucket_seconds, 2),
+                    cache_bytes=nbytes,
+                    peak_bytes=self._weights + nbytes + run.workspace,
                 )
-                times[arm.name].append(timed(lambda step=step, arm=arm: _take(step, arm)).wall)
-        weights = weight_bytes(self.model)
-        for arm in alive:
-            tokens, seconds = arm.bucket
-            held = arms.nbytes(arm.caches)
-            costs = {
-                "length": length,
-                **_spread(times[arm.name]),
-                "prefill_tokens_per_s": round(tokens / seconds, 2),
-                "cache_bytes": held,
-                "peak_bytes": weights + held + arm.workspace,
-            }
-            arm.at.append(costs | self._bucket(arm.all_losses(), length, losses.BLOCK))
-            arm.bucket, arm.workspace = [0.0, 0.0], 0
+            )
+            run.bucket_tokens, run.bucket_seconds, run.workspace = 0.0, 0.0, 0
 
-    def _bucket(self, of_arm: Losses, length: int, block: int) -> dict[str, Any]:
-        since = max((n for n in self.settings.lengths if n < length), default=0)
-        part = of_arm[since:length] if block > 1 else of_arm[-self.settings.samples :]
-        low, high = losses.interval(part, block)
-        return losses.figures(part) | {"from": since, "low": low, "high": high}
-
-    def _recompute(self, arm: Arm, length: int) -> None:
-        if any(done["length"] == length for done in arm.at):
+    def _recompute(self, run: MethodRun, length: int) -> None:
+        if any(measurement.length == length for measurement in run.at):
             return
-        since = max((n for n in self.settings.lengths if n < length), default=0)
+        since = self._since(length)
         n = min(self.settings.samples, length - since)
         sampled = [since + (2 * i + 1) * (length - since) // (2 * n) for i in range(n)]
         args = (self.model, self.settings.config, self._inputs, self._targets)
@@ -225,52 +238,75 @@ class Comparison:
         mx.reset_peak_memory()
         for t in sampled:
             step = ((0, part[None]) for part in losses.recompute(*args, [t]))
-            times.append(timed(lambda step=step: _take(step, arm)).wall)
-        held = {"cache_bytes": 0, "prefill_tokens_per_s": round(1 / statistics.mean(times), 2)}
-        weights = weight_bytes(self.model)
-        held["peak_bytes"] = weights + mx.get_peak_memory() - before
-        arm.sampled += sampled
-        costs = {"length": length, **_spread(times), **held}
-        arm.at.append(costs | self._bucket(arm.all_losses(), length, 1))
+            times.append(timed(lambda step=step: _take(step, run)).wall)
+        peak_bytes = self._weights + mx.get_peak_memory() - before
+        run.sampled += sampled
+        run.at.append(
+            self._measurement(
+                length,
+                times,
+                part=run.all_losses()[-n:],
+                block=1,
+                prefill_tokens_per_s=round(1 / statistics.mean(times), 2),
+                cache_bytes=0,
+                peak_bytes=peak_bytes,
+            )
+        )
 
-    def beside_recompute(self) -> dict[str, Any]:
-        """Compare the other arms with recomputing, on the same tokens past the first eviction."""
-        oracle = self.arms.get(arms.SAMPLED)
+    def _since(self, length: int) -> int:
+        """Return the length before a length, or 0."""
+        return max((n for n in self.settings.lengths if n < length), default=0)
+
+    def _measurement(
+        self, length: int, times: Sequence[float], *, part: Losses, block: int, **costs: Any
+    ) -> Measurement:
+        mean = Mean.of(part)
+        low, high = losses.interval(part, block)
+        quartiles = [round(float(np.percentile(times, q)) * 1e3, 4) for q in (25, 50, 75)]
+        return Measurement(
+            length=length,
+            ms=quartiles[1],
+            ms_low=quartiles[0],
+            ms_high=quartiles[2],
+            count=mean.count,
+            loss=mean.loss,
+            perplexity=mean.perplexity,
+            since=self._since(length),
+            low=low,
+            high=high,
+            **costs,
+        )
+
+    def beside_recompute(self) -> dict[str, BesideRecompute]:
+        """Compare each method with recomputing, on the same tokens past the first eviction."""
+        oracle = self.runs.get(methods.SAMPLED)
         if oracle is None:
             return {}
-        found: dict[str, Any] = {}
-        where = np.array(oracle.sampled, np.int64)
-        for arm in self._streams():
-            both = (where >= self.settings.config.capacity) & (where < arm.position)
+        results: dict[str, BesideRecompute] = {}
+        sampled = np.array(oracle.sampled, np.int64)
+        for run in self._streams():
+            both = (sampled >= self.settings.config.capacity) & (sampled < run.position)
             if both.sum() < 2:
                 continue
-            mine = arm.all_losses()[where[both]]
-            theirs = oracle.all_losses()[: len(where)][both]
-            low, high = losses.interval(mine - theirs, 1)
-            difference = float((mine - theirs).mean(dtype=np.float64))
-            found[arm.name] = {
-                "count": int(both.sum()),
-                "perplexity": losses.figures(mine)["perplexity"],
-                "recompute": losses.figures(theirs)["perplexity"],
-                "difference": difference,
-                "low": low,
-                "high": high,
-            }
-        return found
+            own = run.all_losses()[sampled[both]]
+            recomputed = oracle.all_losses()[: len(sampled)][both]
+            low, high = losses.interval(own - recomputed, 1)
+            results[run.name] = BesideRecompute(
+                count=int(both.sum()),
+                perplexity=Mean.of(own).perplexity,
+                recompute=Mean.of(recomputed).perplexity,
+                difference=float((own - recomputed).mean(dtype=np.float64)),
+                low=low,
+                high=high,
+            )
+        return results
 
-    def found(self) -> dict[str, Any]:
-        """Return what has been measured so far, JSON-ready."""
-        return {
-            name: {"tokens": arm.position, "stopped": arm.stopped, "at": arm.at}
-            for name, arm in self.arms.items()
-        } | {name: {"tokens": 0, "stopped": why, "at": []} for name, why in self.skipped.items()}
+    def results(self) -> dict[str, MethodResult]:
+        """Return what has been measured so far, by method."""
+        skipped = {name: MethodResult(0, why, ()) for name, why in self.skipped.items()}
+        return {name: run.result() for name, run in self.runs.items()} | skipped
 
 
-def _take(step: Iterator[tuple[int, Losses]], arm: Arm) -> None:
+def _take(step: Iterator[tuple[int, Losses]], run: MethodRun) -> None:
     for _, part in step:
-        arm.add(part[0])
-
-
-def _spread(times: Sequence[float]) -> dict[str, float]:
-    low, middle, high = (float(np.percentile(times, q)) * 1e3 for q in (25, 50, 75))
-    return {"ms": round(middle, 4), "ms_low": round(low, 4), "ms_high": round(high, 4)}
+        run.add(part[0])

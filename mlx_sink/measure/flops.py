@@ -1,8 +1,8 @@
-"""What a step of a model multiplies and reads, counted in MLX's graph without computing it.
+"""Count the multiply-adds of a step of a model and the bytes it reads, without computing it.
 
-`mx.export_function` hands out every operation with the shapes of what goes in and comes out. So
-no name of a model's parts needs to be known: what a token multiplies with every further key that
-it sees is the slope of the count over the number of keys.
+`mx.export_function` lists every operation of MLX's graph with the shapes of its inputs and
+outputs. So no names of a model's parts are needed: the multiply-adds for each further key that a
+token sees are the slope of the count over the number of keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VIEWS = frozenset(
     {"AsType", "Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split"}
     | {"Squeeze", "Transpose", "Unflatten", "View"}
 )
-"""Operations that hand a parameter on without using it."""
+"""Operations that pass a parameter on without reading it."""
 
 FAR = 4
 """Multiples of the longest window at which only layers with full attention still see more keys."""
@@ -49,11 +49,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class PerKey:
-    """What attention multiplies and adds for one query and one key, summed over alike layers.
+    """Multiply-adds of attention for one query and one key, summed over the layers of a kind.
 
     Attributes:
         decode: When tokens come one at a time.
-        prefill: When they come in chunks: models with latent attention then multiply other things.
+        prefill: When they come in chunks; latent attention then multiplies other matrices.
     """
 
     decode: int
@@ -102,7 +102,7 @@ def after(model: nn.Module, tokens: int) -> list[Any]:
 
 
 def per_key(model: nn.Module, windows: Sequence[int]) -> dict[int | None, PerKey]:
-    """Count what attention multiplies for one more key, by the kind of layer.
+    """Count the multiply-adds of attention for one more key, by kind of layer.
 
     Args:
         model: The model.
@@ -118,7 +118,7 @@ def per_key(model: nn.Module, windows: Sequence[int]) -> dict[int | None, PerKey
     slopes: list[tuple[int, int]] = []
     for low, high in segments:
         one, two, three = (_slope(model, n, low, high) for n in (1, 2, 3))
-        # What is worked out once for a chunk and a key is in both.
+        # Work that is done once for a chunk and a key is in both counts.
         slopes.append((one, three - two))
     kinds: list[int | None] = [*ends, None]
     beyond = [*slopes[1:], (0, 0)]
@@ -134,7 +134,7 @@ def _slope(model: nn.Module, n: int, low: int, high: int) -> int:
 
 
 class _Counter:
-    """Adds up what the operations of a graph multiply and read.
+    """Sum the multiply-adds and the bytes read of the operations of a graph.
 
     Args:
         sizes: Bytes of the parameters, which are the inputs of the graph but for the first.
@@ -146,12 +146,12 @@ class _Counter:
         self._sizes = sizes
         self._parameter: dict[str, int] = {}
 
-    def note(self, found: dict[str, Any]) -> None:
-        if found["type"] == "inputs":
-            names = [name for name, *_ in found["inputs"]]
+    def note(self, entry: dict[str, Any]) -> None:
+        if entry["type"] == "inputs":
+            names = [name for name, *_ in entry["inputs"]]
             self._parameter = {name: i for i, name in enumerate(names[1:])}
-        elif found["type"] == "primitive":
-            self._primitive(found["name"], found["inputs"], found["outputs"])
+        elif entry["type"] == "primitive":
+            self._primitive(entry["name"], entry["inputs"], entry["outputs"])
 
     def _primitive(self, name: str, inputs: list[Any], outputs: list[Any]) -> None:
         if name in ("Matmul", "AddMM"):
@@ -177,7 +177,7 @@ class _Counter:
 
 @contextmanager
 def _plain_graph() -> Generator[None]:
-    """Keep the graph to MLX's own operations: no compiled functions, no kernels of a GPU."""
+    """Keep the graph to MLX's own operations: no compiled functions, no GPU kernels."""
     device = mx.default_device()
     mx.disable_compile()
     mx.set_default_device(mx.Device(mx.DeviceType.cpu, 0))

@@ -1,11 +1,12 @@
-"""Losses of a text's tokens over some caches, and what they say by position."""
+"""Losses of a text's tokens over some caches, and their means by position."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,14 +21,53 @@ Losses = np.ndarray[Any, np.dtype[np.float32]]
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 LOGITS = 1 << 26
-"""Logits that are worked out at once: a model returns those of every token it is fed."""
+"""Logits that are computed at once: a model returns those of every token it is fed."""
 
-BLOCK = 64
-"""Tokens that are drawn together for an interval: neighbours' losses hang together."""
+DRAWN_TOGETHER = 64
+"""Neighbouring tokens that are drawn together for an interval: their losses correlate."""
 
 DRAWS = 1000
 
-_evaluate: Callable[..., None] = cast("Any", mx).eval
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean loss of some tokens.
+
+    Attributes:
+        count: How many tokens.
+        loss: Their mean loss in nats.
+        perplexity: ``exp(loss)``.
+    """
+
+    count: int
+    loss: float
+    perplexity: float
+
+    @classmethod
+    def of(cls, losses: Losses) -> Mean:
+        """Return the mean of losses, an array of any shape."""
+        loss = float(losses.mean(dtype=np.float64))
+        return cls(losses.size, loss, math.exp(loss))
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The mean loss of the tokens at positions ``start`` to ``end``, the latter not included."""
+
+    start: int
+    end: int
+    mean: Mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the bucket as a JSON-ready dictionary."""
+        mean = self.mean
+        return {
+            "from": self.start,
+            "to": self.end,
+            "count": mean.count,
+            "loss": mean.loss,
+            "perplexity": mean.perplexity,
+        }
 
 
 def cut(
@@ -37,7 +77,7 @@ def cut(
 
     Args:
         ids: Tokens of the text, without special ones.
-        bos: What each stream begins with, if anything.
+        bos: The token that each stream begins with, or ``None``.
         streams: How many.
         tokens: Of each; as many as there are if left out.
 
@@ -60,19 +100,26 @@ def cut(
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Return the loss of each target in nats."""
-    loss = cast("Callable[..., mx.array]", nn_losses.cross_entropy)
-    return loss(logits.astype(mx.float32), targets)
+    """Return the loss of each target in nats, float32."""
+    return nn_losses.cross_entropy(logits.astype(mx.float32), targets)
 
 
 def chunk_losses(
     model: nn.Module, caches: Sequence[Any], inputs: Tokens, targets: Tokens, chunk: int
 ) -> Iterator[tuple[int, Losses]]:
-    """Feed streams in chunks and yield where each began and its losses; logits are not kept."""
+    """Feed streams in chunks; yield where each chunk begins, and its losses.
+
+    Args:
+        model: The model.
+        caches: One for each layer; they are filled.
+        inputs: Tokens to feed, ``[streams, tokens]``.
+        targets: Those to predict, of the same shape.
+        chunk: Tokens that are fed at once. Their logits are dropped before the next ones.
+    """
     for i in range(0, inputs.shape[1], chunk):
-        logits = cast("Any", model)(mx.array(inputs[:, i : i + chunk]), cache=caches)
+        logits = model(mx.array(inputs[:, i : i + chunk]), cache=caches)
         losses = cross_entropy(logits, mx.array(targets[:, i : i + chunk]))
-        _evaluate(losses)
+        mx.eval(losses)
         # Rows written by the last chunk may still be pending when its losses are there.
         evaluate_caches(caches)
         yield i, np.array(losses)
@@ -83,43 +130,44 @@ def recompute(
 ) -> Iterator[Losses]:
     """Yield the losses ``[streams]`` of sampled tokens from a plain model.
 
-    It is fed only what each token may see, from position 0: the oracle of an attention window
-    with sinks, whose cost is that of a whole window for every token.
+    For each of them the model is fed its visible tokens alone, from position 0: the oracle of an
+    attention window with sinks. A token costs as much as a whole window.
     """
     capacity, S = config.capacity, config.num_sinks
-    vocabulary = int(cast("Any", model)(mx.zeros((1, 1), mx.int32)).shape[-1])
+    vocabulary = int(model(mx.zeros((1, 1), mx.int32)).shape[-1])
     rows = max(1, LOGITS // (capacity * vocabulary))
     for t in sampled:
         recent = np.arange(max(S, t - config.window + 1), t + 1)
-        seen = inputs[:, np.concatenate([np.arange(min(S, t + 1)), recent])]
+        visible = inputs[:, np.concatenate([np.arange(min(S, t + 1)), recent])]
         parts: list[Losses] = []
         for i in range(0, len(inputs), rows):
-            logits = cast("Any", model)(mx.array(seen[i : i + rows]))[:, -1]
+            logits = model(mx.array(visible[i : i + rows]))[:, -1]
             loss = cross_entropy(logits, mx.array(targets[i : i + rows, t]))
             parts.append(np.asarray(loss, np.float32))
         yield np.concatenate(parts)
 
 
-def figures(losses: Losses) -> dict[str, Any]:
-    """Return count, mean loss in nats and perplexity."""
-    loss = float(losses.mean(dtype=np.float64))
-    return {"count": losses.size, "loss": loss, "perplexity": math.exp(loss)}
-
-
 def by_position(
     losses: Losses, positions: Sequence[int] | np.ndarray[Any, Any], edges: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Return the figures of each bucket that has any tokens; losses are ``[streams, tokens]``."""
-    where, rows = np.asarray(positions), list[dict[str, Any]]()
-    for low, high in pairwise(edges):
-        inside = (where >= low) & (where < high)
-        if inside.any():
-            rows.append({"from": low, "to": high} | figures(losses[:, inside]))
-    return rows
+) -> list[Bucket]:
+    """Return the mean loss of each bucket of positions that has any tokens.
+
+    Args:
+        losses: ``[streams, tokens]``.
+        positions: Of the tokens.
+        edges: Where the buckets begin, and where the last one ends.
+    """
+    where = np.asarray(positions)
+    buckets: list[Bucket] = []
+    for start, end in pairwise(edges):
+        is_inside = (where >= start) & (where < end)
+        if is_inside.any():
+            buckets.append(Bucket(start, end, Mean.of(losses[:, is_inside])))
+    return buckets
 
 
-def interval(losses: Losses, block: int = BLOCK) -> tuple[float, float]:
-    """Return where 95 of 100 means of the loss lie: a bootstrap over blocks of neighbours.
+def interval(losses: Losses, block: int = DRAWN_TOGETHER) -> tuple[float, float]:
+    """Return the 95% interval of the mean loss: a bootstrap over blocks of neighbours.
 
     Args:
         losses: ``[tokens]``, in order.

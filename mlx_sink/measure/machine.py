@@ -1,4 +1,4 @@
-"""What every measurement shares: the machine's description, times, and what is held."""
+"""What every measurement shares: the machine it ran on, and how time is taken."""
 
 from __future__ import annotations
 
@@ -8,53 +8,104 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from mlx_sink.io import records
 
 FAST_GFLOPS = 10.0
 """A core of this century reaches more than this with a tuned BLAS, and less with a plain one."""
 
-_evaluate: Callable[..., None] = cast("Any", mx).eval
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What figures were measured on; ``print(machine)`` shows it in a line.
+
+    Attributes:
+        platform: System, release and architecture.
+        processor: The GPU where MLX runs on Metal, otherwise the CPU.
+        cores: Of the CPU; ``None`` if the system does not say.
+        device: ``"gpu"`` or ``"cpu"``, as MLX uses by default.
+        matmul_gflops_float32: Speed of a matrix product, in 1e9 operations a second.
+        fast_blas: That speed is one of a tuned library: ratios of times can be believed.
+        python: Version.
+        memory: Bytes of main memory.
+        mlx_sink: Version, and so on.
+    """
+
+    platform: str
+    processor: str
+    cores: int | None
+    device: str
+    matmul_gflops_float32: float
+    fast_blas: bool
+    python: str
+    memory: int
+    mlx_sink: str = field(metadata={"key": "mlx-sink"})
+    mlx: str
+    mlx_lm: str = field(metadata={"key": "mlx-lm"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the machine as a JSON-ready dictionary."""
+        return records.to_dict(self)
+
+    def __str__(self) -> str:
+        blas = "" if self.fast_blas else ", SLOW: preload a tuned BLAS before believing ratios"
+        return (
+            f"{self.platform}, {self.processor}, {self.cores} cores, device {self.device}, "
+            f"mlx {self.mlx}, mlx-lm {self.mlx_lm}, python {self.python}, "
+            f"{self.matmul_gflops_float32} GFLOP/s{blas}"
+        )
 
 
-def machine() -> dict[str, Any]:
-    """Describe what the figures were measured on, in JSON-ready form."""
+def machine() -> Machine:
+    """Describe this machine, and measure its matrix product."""
     gflops = matmul_gflops()
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "device": "gpu" if on_gpu else "cpu",
-        "matmul_gflops_float32": round(gflops, 1),
-        "fast_blas": on_gpu or gflops > FAST_GFLOPS,
-        "python": platform.python_version(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        **{name: metadata.version(name) for name in ("mlx-sink", "mlx", "mlx-lm")},
-    }
+    return Machine(
+        platform=platform.platform(),
+        processor=processor(),
+        cores=os.cpu_count(),
+        device="gpu" if on_gpu else "cpu",
+        matmul_gflops_float32=round(gflops, 1),
+        fast_blas=on_gpu or gflops > FAST_GFLOPS,
+        python=platform.python_version(),
+        memory=memory(),
+        mlx_sink=version("mlx-sink"),
+        mlx=version("mlx"),
+        mlx_lm=version("mlx-lm"),
+    )
+
+
+def version(package: str) -> str:
+    """Return the version of a package; a checkout on the path has no metadata to say one."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    """Return the name of the GPU where MLX runs on Metal, otherwise of the CPU."""
+    if mx.metal.is_available():
+        return str(mx.device_info().get("device_name"))
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def matmul_gflops(n: int = 512) -> float:
     """Return the speed of a float32 matrix product: it tells a tuned BLAS from a plain one."""
     a = mx.random.normal((n, n), key=mx.random.key(0))
-    _evaluate(a @ a)
-    best = min(timed(lambda: _evaluate(a @ a)).wall for _ in range(3))
+    mx.eval(a @ a)
+    best = min(timed(lambda: mx.eval(a @ a)).wall for _ in range(3))
     return 2 * n**3 / best / 1e9
-
-
-def describe(facts: dict[str, Any]) -> str:
-    """Put the machine's description in a line."""
-    blas = "" if facts["fast_blas"] else ", SLOW: preload a tuned BLAS before believing ratios"
-    return (
-        f"{facts['platform']}, {facts['processor']}, {facts['cores']} cores, "
-        f"device {facts['device']}, mlx {facts['mlx']}, mlx-lm {facts['mlx-lm']}, "
-        f"python {facts['python']}, {facts['matmul_gflops_float32']} GFLOP/s{blas}"
-    )
 
 
 class Side(NamedTuple):
@@ -114,7 +165,7 @@ def alternate(
 
 def evaluate_caches(caches: Sequence[Any]) -> None:
     """Finish what is pending on the caches, so that no later measurement pays for it."""
-    _evaluate([cache.state for cache in caches])
+    mx.eval([cache.state for cache in caches])
 
 
 def as_json(result: dict[str, Any], indent: int | None = None) -> str:
@@ -133,12 +184,6 @@ def timed(run: Callable[[], object]) -> Side:
     return Side(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _processor() -> str:
-    if mx.metal.is_available():
-        return str(cast("dict[str, Any]", cast("Any", mx).device_info()).get("device_name"))
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+def memory() -> int:
+    """Return the machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

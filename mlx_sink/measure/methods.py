@@ -1,4 +1,4 @@
-"""The ways to keep a stream's context that are compared."""
+"""The methods that are compared: ways to keep a stream's context."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ NAMES = {
     "bits8": "mlx_sink, 8 bits",
     "bits4": "mlx_sink, 4 bits",
 }
-"""The arms, by the names that options and results use."""
+"""What each method is called for people, by its name in options and results."""
 
 QUANTISED = {"bits8": 8, "bits4": 4}
-"""Bits of the arms that quantise keys and values."""
+"""Bits of the methods that quantise keys and values."""
 
 USUAL = [name for name in NAMES if name != "bits4"]
-"""What is compared unless stated."""
+"""The methods that are compared unless others are named."""
 
 SAMPLED = "recompute"
-"""The arm that has no caches: each of its tokens costs a whole window."""
+"""The method without caches: each of its tokens costs a whole window, so it reads only samples."""
 
 
 def full_caches(model: nn.Module) -> list[Any]:
@@ -41,43 +41,43 @@ def full_caches(model: nn.Module) -> list[Any]:
 
 
 def rotating_caches(model: nn.Module, capacity: int, keep: int) -> list[Any]:
-    """Return mlx-lm's caches, bounded by its own means where they would grow."""
+    """Return mlx-lm's caches, a `RotatingKVCache` in the place of each that would grow."""
     return [
         RotatingKVCache(max_size=capacity, keep=keep) if type(cache) is KVCache else cache
         for cache in full_caches(model)
     ]
 
 
-def config_of(arm: str, config: SinkConfig) -> SinkConfig:
-    """Return what an arm of ours keeps; all keep as many tokens."""
-    if arm == "window":
+def config_of(method: str, config: SinkConfig) -> SinkConfig:
+    """Return the settings of a method of mlx_sink; all of them keep as many tokens."""
+    if method == "window":
         return replace(config, num_sinks=0, window=config.capacity)
-    return replace(config, kv_bits=QUANTISED.get(arm))
+    return replace(config, kv_bits=QUANTISED.get(method))
 
 
-def caches_of(arm: str, model: nn.Module, config: SinkConfig) -> list[Any]:
-    """Return empty caches for one stream of an arm.
+def caches_of(method: str, model: nn.Module, config: SinkConfig) -> list[Any]:
+    """Return a method's empty caches for one stream.
 
     Raises:
         UnsupportedModelError: The model cannot have them.
     """
-    if arm == "full":
+    if method == "full":
         return full_caches(model)
-    if arm == "rotating":
+    if method == "rotating":
         return rotating_caches(model, config.capacity, config.num_sinks)
-    attach(model, config_of(arm, config))
+    attach(model, config_of(method, config))
     return make_cache(model)
 
 
-def chunk_of(arm: str, chunk: int) -> int:
-    """Return how many tokens an arm reads at once.
+def chunk_of(method: str, chunk: int) -> int:
+    """Return how many tokens a method reads at once.
 
     mlx-lm's mask hides the sinks of a `RotatingKVCache` from all but the first tokens of a chunk,
     so it is fed token by token, as in decoding.
     """
-    return 1 if arm == "rotating" else chunk
+    return 1 if method == "rotating" else chunk
 
 
 def nbytes(caches: Sequence[Any]) -> int:
-    """Return the bytes of caches."""
+    """Return the bytes that caches hold."""
     return sum(int(part.nbytes) for c in caches for part in getattr(c, "caches", [c]))

@@ -1,8 +1,8 @@
-"""Can a model still say what it was told? Needles in a text, and lines queried from a distance.
+"""Needle tests: questions about a fact in a text, at a chosen distance from the answer.
 
-A question has one right answer and others that appear nowhere: an arm is right if it holds the
-right one for the most likely. So a guess is right once in `CHOICES`, and a model too small to copy
-shows that, whatever it keeps.
+A question has one right answer, and wrong ones that appear nowhere in the text. A model answers it
+right if the right answer has the lowest loss. So a guess is right once in `CHOICES`, and a model
+that is too small to copy what it reads does no better than that, whatever its cache keeps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,8 @@ from mlx_sink.measure.losses import cross_entropy
 from mlx_sink.measure.machine import evaluate_caches
 
 CHOICES = 8
+"""Answers to a question, the right one included."""
+
 EDGE = 32
 """Tokens from the window's edge at which a needle lies just inside, or just outside."""
 
@@ -44,12 +46,16 @@ class Question:
     context: list[int]
     choices: list[list[int]]
 
+    def after(self, token: int) -> Question:
+        """Return the same question, its text behind a token such as BOS."""
+        return Question([token, *self.context], self.choices)
+
 
 def places(capacity: int, length: int) -> dict[str, int]:
     """Return where needles lie, as tokens between the needle and the answer.
 
     Args:
-        capacity: Tokens that a bounded arm keeps.
+        capacity: Tokens that a bounded cache keeps.
         length: Tokens of the whole text.
     """
     return {
@@ -70,13 +76,14 @@ def distances(capacity: int) -> dict[str, int]:
 
 
 def needle(encode: Encode, hay: Sequence[int], distance: int, seed: str) -> Question:
-    """Hide a line in a text, so that it ends so many tokens before the answer.
+    """Hide a line in a text, and ask for it at the end.
 
     Args:
         encode: From text to tokens, without special ones.
-        hay: The text, without special tokens, as long as the whole is to be.
-        distance: As above; a larger one than there is puts the line at the very start.
-        seed: Of the names and numbers; another one for each question.
+        hay: Tokens of the text, without special ones, as many as the whole is to have.
+        distance: Tokens between the end of the line and the answer. Where the text is shorter,
+            the line stands at its start.
+        seed: Of the name and the numbers; another one for each question.
     """
     draw = random.Random(seed)
     name, numbers = draw.choice(PEOPLE), draw.sample(range(1000, 10000), CHOICES)
@@ -89,7 +96,7 @@ def needle(encode: Encode, hay: Sequence[int], distance: int, seed: str) -> Ques
 
 
 def lines(encode: Encode, length: int, distance: int, seed: str) -> Question:
-    """Make a text of such lines alone, one for each name and number, as StreamEval does.
+    """Ask for one line of a text that consists of such lines alone, as StreamEval does.
 
     Args:
         encode: As in `needle`.
@@ -109,13 +116,13 @@ def lines(encode: Encode, length: int, distance: int, seed: str) -> Question:
         numbers.append(draw.randrange(1000, 10000))
         ids.append(encode(LINE.format(name=people[-1], number=numbers[-1]) + "\n"))
         total += len(ids[-1])
-    back, asked = 0, len(ids) - 1
-    while asked > 0 and back + len(ids[asked]) < distance:
-        back += len(ids[asked])
-        asked -= 1
+    behind, chosen = 0, len(ids) - 1
+    while chosen > 0 and behind + len(ids[chosen]) < distance:
+        behind += len(ids[chosen])
+        chosen -= 1
     others = [n for n in range(1000, 10000, 7) if n not in numbers]
-    choices = [numbers[asked], *draw.sample(others, CHOICES - 1)]
-    question = encode(QUESTION.format(name=people[asked]))
+    choices = [numbers[chosen], *draw.sample(others, CHOICES - 1)]
+    question = encode(QUESTION.format(name=people[chosen]))
     return Question([*chain.from_iterable(ids), *question], _answers(encode, choices))
 
 
@@ -124,15 +131,22 @@ def _answers(encode: Encode, numbers: Sequence[int]) -> list[list[int]]:
 
 
 def ask(model: nn.Module, caches: list[Any], question: Question, chunk: int) -> bool:
-    """Tell whether a model, reading over empty caches, holds the right answer for most likely."""
+    """Tell whether a model gives the right answer the lowest loss.
+
+    Args:
+        model: The model.
+        caches: Empty ones, for one stream.
+        question: The text is read first, then each answer from there.
+        chunk: Tokens of the text that are read at once.
+    """
     *context, last = question.context
     for i in range(0, len(context), chunk):
-        cast("Any", model)(mx.array([context[i : i + chunk]]), cache=caches)
+        model(mx.array([context[i : i + chunk]]), cache=caches)
         evaluate_caches(caches)
 
     def loss(answer: list[int]) -> float:
-        fed = mx.array([[last, *answer[:-1]]])
-        logits = cast("Any", model)(fed, cache=copy.deepcopy(caches))
+        inputs = mx.array([[last, *answer[:-1]]])
+        logits = model(inputs, cache=copy.deepcopy(caches))
         of_each = np.asarray(cross_entropy(logits, mx.array([answer])), np.float32)
         return float(of_each.mean())
 

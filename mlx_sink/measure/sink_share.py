@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +26,8 @@ class SinkShare:
 
     Attributes:
         tokens: Tokens of the text.
-        since: The first query that counts: all earlier ones see too few tokens to choose from.
+        since: The first query that counts: earlier ones see few tokens, so the first ones get
+            much attention in any case.
         layers: Indices of the caches that are attended to through mlx_sink: not those of
             recurrent layers, nor of models that multiply queries and keys on their own.
         shares: ``[layers, n_heads, FIRST]``, means over the queries from `since` on. A row of a
@@ -51,8 +51,8 @@ class SinkShare:
 def sink_share(model: nn.Module, tokens: Sequence[int]) -> SinkShare:
     """Measure the share of attention on the first tokens, in full causal attention.
 
-    It is worked out from what each layer hands to `attention.sink_attention`, so for every
-    architecture that attends through it.
+    It is computed from the queries and keys that each layer hands to
+    `attention.dispatch.sink_attention`: for every architecture that attends through it.
 
     Args:
         model: A model from mlx-lm; it is left attached with a window over the whole text.
@@ -71,10 +71,10 @@ def sink_share(model: nn.Module, tokens: Sequence[int]) -> SinkShare:
     with observed(observe):
         for i in range(0, n, CHUNK):
             calls.clear()
-            cast("Any", model)(mx.array([tokens[i : i + CHUNK]]), cache=caches)
-            cast("Any", mx).eval(calls, [cache.state for cache in caches])
-            found: list[np.ndarray] = [np.array(share) for share in calls]
-            totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
+            model(mx.array([tokens[i : i + CHUNK]]), cache=caches)
+            mx.eval(calls, [cache.state for cache in caches])
+            sums: list[np.ndarray] = [np.array(share) for share in calls]
+            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     heads = max((len(total) for total in totals), default=0)
     shares = np.zeros((len(totals), heads, FIRST))
     for row, total in zip(shares, totals, strict=True):
@@ -91,8 +91,8 @@ def _on_first(attended: Attended, since: int) -> mx.array:
     for block in blocks_of(attended.layout, CHUNK):
         queries = attended.queries[:, :, block.first - start : block.last - start]
         weights = _weights(attended, queries, block)[:, :, max(0, since - block.first) :]
-        held = [token for r in block.ranges for token in range(r.token, r.token + r.length)]
-        for row, token in enumerate(held):
+        tokens = [token for r in block.ranges for token in range(r.token, r.token + r.length)]
+        for row, token in enumerate(tokens):
             if token < FIRST:
                 total[:, token] += weights[..., row].sum(axis=(0, 2))
     return total

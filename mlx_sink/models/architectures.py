@@ -35,8 +35,7 @@ VERIFIED = frozenset({
     "starcoder2", "step3p5", "talkie", "telechat3", "youtu_llm",
 })
 # fmt: on
-"""Architectures for which the tests show the contract. Any other is put to the proof by `attach`.
-"""
+"""Architectures for which the tests show the contract. `attach` checks any other itself."""
 
 _LEARNED_POSITIONS = "its positions are learned and added to the tokens: no turn changes them"
 _NORM_AFTER = (
@@ -75,7 +74,7 @@ def refusal(name: str | None) -> str | None:
 
 def _scaled_from(args: Any) -> int | None:
     """Ministral 3, Mistral 4: queries grow with the logarithm of ``position // this``."""
-    parameters = cast("dict[str, Any]", getattr(args, "rope_parameters", None) or {})
+    parameters: dict[str, Any] = getattr(args, "rope_parameters", None) or {}
     return parameters.get("original_max_position_embeddings")
 
 
@@ -131,7 +130,9 @@ def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> 
     if cache.leaves_to_model(k, None):  # it is only watched
         return self.o_proj(mx.zeros((B, L, q.shape[1] * v.shape[3]), x.dtype))
     out = sink_attention(
-        *(q, k, v),
+        q,
+        k,
+        v,
         layout=cache.take_layout(k),
         packed=cache.take_packed(k),
         rotation=cache.rotation,

@@ -102,14 +102,25 @@ def for_mlx_lm(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in added.items() if config.get(k) is None}
 
 
-def trained_context(config: Mapping[str, Any]) -> int | None:
-    """Return the positions a model was trained on, in tokens, if its configuration says."""
-    text = config.get("text_config")
-    for where in (config, cast("dict[str, Any]", text) if isinstance(text, dict) else {}):
-        context = where.get("max_position_embeddings")
+def trained_context(config: object) -> int | None:
+    """Return the positions a model was trained on, in tokens, if its configuration says.
+
+    Args:
+        config: What config.json holds, or the ``args`` of a model, which mlx-lm makes of it. Not
+            every model keeps all fields in its ``args``.
+    """
+    fields = _fields(config)
+    for part in (fields, _fields(fields.get("text_config"))):
+        context = part.get("max_position_embeddings")
         if isinstance(context, int):
             return context
     return None
+
+
+def _fields(config: object) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return cast("Mapping[str, Any]", config)
+    return getattr(config, "__dict__", {})
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.attention.dispatch import sink_attention
-from mlx_sink.cache.lending import lender_of
+from mlx_sink.cache.kv_sharing import lender_of
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.models.architectures import adapt
 
@@ -37,13 +37,13 @@ def namespaces(model: nn.Module) -> list[dict[str, Any]]:
     Read from their functions: the module of a model file that comes with the weights has no
     name by which Python would know it.
     """
-    found: dict[int, dict[str, Any]] = {}
+    namespaces: dict[int, dict[str, Any]] = {}
     for kind in {type(part) for part in cast("list[nn.Module]", model.modules())}:
         for base in kind.__mro__:
             for value in vars(base).values():
                 if isinstance(value, FunctionType):
-                    found[id(value.__globals__)] = value.__globals__
-    return list(found.values())
+                    namespaces[id(value.__globals__)] = value.__globals__
+    return list(namespaces.values())
 
 
 def owner_of(keys: mx.array, cache: object) -> SinkCache | None:
@@ -59,7 +59,7 @@ def owner_of(keys: mx.array, cache: object) -> SinkCache | None:
 
 
 def _hook(names: dict[str, Any]) -> None:
-    original = cast("Callable[..., mx.array]", names[HOOKED])
+    original: Callable[..., mx.array] = names[HOOKED]
     if getattr(original, MARK, False):
         return
 

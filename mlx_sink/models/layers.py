@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -19,8 +20,20 @@ from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import UnsupportedModelError
 
-Make = Callable[[SinkConfig, bool], SinkCache]
-"""Makes the next ring of a model, chunked or not; see `SinkCache`."""
+
+class Kind(Enum):
+    """What the tokens of a layer attend to, by the cache that mlx-lm would give it."""
+
+    FULL = "full"
+    """Everything: the layer gets the sinks."""
+    WINDOW = "window"
+    """A sliding window of the model's own."""
+    CHUNK = "chunk"
+    """Their own chunk of tokens (chunked attention)."""
+
+
+Make = Callable[[SinkConfig, Kind], SinkCache]
+"""Makes the next ring of a model, from what it is to keep."""
 
 
 def native_caches(model: nn.Module) -> list[Any]:
@@ -32,7 +45,7 @@ def native_caches(model: nn.Module) -> list[Any]:
     make = getattr(type(model), "make_cache", None)
     if make is not None:
         return list(make(model))
-    layers = cast("Sequence[Any] | None", getattr(model, "layers", None))
+    layers: Sequence[Any] | None = getattr(model, "layers", None)
     if layers is None:
         raise UnsupportedModelError("it has no layers")
     return [mlx_lm_cache.KVCache() for _ in layers]
@@ -44,7 +57,7 @@ def bounded_caches(native: Sequence[Any], config: SinkConfig, make: Make) -> lis
     Args:
         native: What mlx-lm gives the model.
         config: What to keep in layers with full attention.
-        make: Called for each ring, in order, with what it is to keep.
+        make: Called for each ring, in order, with what it is to keep and the layer's kind.
 
     Raises:
         UnsupportedModelError: A cache is of a kind that is not known.
@@ -54,11 +67,11 @@ def bounded_caches(native: Sequence[Any], config: SinkConfig, make: Make) -> lis
         # Exactly these: a class that is derived from one of them may keep something else.
         kind = cast("type[Any]", type(cache))
         if kind is mlx_lm_cache.KVCache:
-            return make(config, False)
+            return make(config, Kind.FULL)
         if kind is mlx_lm_cache.RotatingKVCache and not cache.keep:
-            return make(window_config(config, int(cache.max_size)), False)
+            return make(window_config(config, int(cache.max_size)), Kind.WINDOW)
         if kind is mlx_lm_cache.ChunkedKVCache:
-            return make(window_config(config, int(cache.chunk_size)), True)
+            return make(window_config(config, int(cache.chunk_size)), Kind.CHUNK)
         if kind is mlx_lm_cache.ArraysCache:
             return cache
         if kind is mlx_lm_cache.CacheList:
@@ -87,16 +100,16 @@ def common_epoch(native: Sequence[Any], config: SinkConfig, limit: int | None) -
     Raises:
         UnsupportedModelError: The rings do not fit below ``limit``.
     """
-    rings: list[int] = [config.slots]
+    slots: list[int] = [config.slots]
 
-    def note(window: SinkConfig, chunked: bool) -> Any:
-        rings.append(window.slots)
+    def note(ring: SinkConfig, kind: Kind) -> Any:
+        slots.append(ring.slots)
 
     unbounded = replace(config, epoch=None)
     bounded_caches(native, replace(unbounded, epoch=1 << 40), note)
-    epoch = max(config.epoch_length, *rings)
+    epoch = max(config.epoch_length, *slots)
     if limit is not None:
-        epoch = max(*rings, min(epoch, limit // 2))
+        epoch = max(*slots, min(epoch, limit // 2))
         if epoch >= limit:
             raise UnsupportedModelError(
                 f"its attention changes with the position from token {limit} on: "

@@ -24,6 +24,7 @@ from mlx_sink.models.checkpoint import read_json
 from mlx_sink.models.load import DEMO
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+"""The dtypes that mlx-lm keeps weights in, by their names in configurations and options."""
 DEFAULT_DTYPE = "bfloat16"
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 """Group size and bits of each mode of `mx.quantize`, where a configuration leaves them out."""
@@ -60,7 +61,7 @@ def _config_file(name: str) -> Path:
         raise ModelError(f"model {name!r}: no such folder, config.json or repository")
     try:
         # The hub's client raises errors of many packages.
-        return Path(cast("Any", huggingface_hub).hf_hub_download(name, "config.json"))
+        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
     except Exception as error:
         raise ModelError(f"cannot get config.json of {name!r}: {one_line(error)}") from error
 
@@ -124,7 +125,7 @@ def build(config: dict[str, Any], dtype: str | None = None) -> nn.Module:
             lacks = ", ".join(names)
             raise ModelError(f"the configuration of {kind!r} lacks fields: {lacks}") from None
         raise ModelError(f"no {kind!r} can be built from it: {one_line(error)}") from None
-    _set_dtype(model, DTYPES[dtype or dtype_of(config) or DEFAULT_DTYPE])
+    cast_weights(model, dtype or dtype_of(config) or DEFAULT_DTYPE)
     if isinstance(config.get("quantization"), dict):
         _quantize(model, config["quantization"])
     set_parameters(model, [(path, mx.zeros(a.shape, a.dtype)) for path, a in parameters(model)])
@@ -132,28 +133,34 @@ def build(config: dict[str, Any], dtype: str | None = None) -> nn.Module:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters."""
-    return sum(a.nbytes for _, a in parameters(model))
+    """Return the bytes of a model's parameters, whether they have been read or not."""
+    return sum(weight.nbytes for _, weight in parameters(model))
 
 
-def parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
-    """Return a model's parameters with their paths."""
-    return cast("list[tuple[str, mx.array]]", cast("Any", utils).tree_flatten(model.parameters()))
+def parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return the parameters of a model, or of a part of one, with their paths."""
+    return cast("list[tuple[str, mx.array]]", utils.tree_flatten(module.parameters()))
 
 
 def set_parameters(model: nn.Module, named: Sequence[tuple[str, mx.array]]) -> None:
     """Put arrays in the place of a model's parameters, by their paths."""
-    cast("Any", model).update(cast("Any", utils).tree_unflatten(list(named)))
+    model.update(utils.tree_unflatten(list(named)))
 
 
-def _set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast as mlx-lm's converter does: some parameters stay in float32."""
-    keep: Callable[[str], bool] = getattr(model, "cast_predicate", lambda path: True)
-    cast_ones = [
-        (path, a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) and keep(path) else a)
-        for path, a in parameters(model)
-    ]
-    set_parameters(model, cast_ones)
+def cast_weights(model: nn.Module, dtype: str) -> None:
+    """Cast a model's floating-point parameters as mlx-lm's converter does; nothing is computed.
+
+    Args:
+        model: The model. Those parameters that it wants in float32 stay as they are.
+        dtype: A name of `DTYPES`.
+    """
+    is_cast: Callable[[str], bool] = getattr(model, "cast_predicate", lambda path: True)
+
+    def after(path: str, weight: mx.array) -> mx.array:
+        is_floating = mx.issubdtype(weight.dtype, mx.floating)
+        return weight.astype(DTYPES[dtype]) if is_floating and is_cast(path) else weight
+
+    set_parameters(model, [(path, after(path, weight)) for path, weight in parameters(model)])
 
 
 def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -186,6 +193,6 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
         return weight.shape[-1] % usual["group_size"] == 0 and by_default(path, module)
 
     try:
-        cast("Any", nn).quantize(model, **usual, mode=mode, class_predicate=chosen)
+        nn.quantize(model, **usual, mode=mode, class_predicate=chosen)
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"quantization {usual} cannot be used: {one_line(error)}") from None

@@ -1,4 +1,4 @@
-"""What `attach` did to a model: which layer got which cache, and how many bytes it will hold."""
+"""Report what `attach` did: which cache each layer got, and how many bytes it will hold."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def report_of(index: int, cache: Any) -> LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a model got; ``print(report)`` shows it as a table.
+    """The caches of a model, by layer; ``print(report)`` shows them as a table.
 
     `sources` says where each setting comes from: ``"argument"``, ``"config.json"`` (the model's
     ``mlx_sink`` section) or ``"default"``. It is empty where `attach` was called by hand.
@@ -120,7 +120,7 @@ class Report:
 
     @property
     def origin(self) -> str:
-        """The settings and where they come from, in one line; empty if that is not known."""
+        """The settings and where each comes from, in one line; empty if that is not known."""
         values = self.config.to_dict()
         return ", ".join(f"{key} {values[key]} ({self.sources[key]})" for key in self.sources)
 
@@ -148,7 +148,7 @@ def _alike(layers: tuple[LayerReport, ...]) -> list[tuple[LayerReport, list[int]
 
 
 def _ranges(indices: list[int]) -> str:
-    """Write ascending indices for people: ``0-3``, or ``0, 2, ..., 22`` where steps are equal."""
+    """Format ascending indices: ``0-3``, or ``0, 2, ..., 22`` where the steps are equal."""
     steps = {b - a for a, b in pairwise(indices)}
     if len(indices) > 3 and len(steps) == 1 and steps != {1}:
         return f"{indices[0]}, {indices[1]}, ..., {indices[-1]}"

@@ -1,6 +1,6 @@
-"""The ``mlx_sink`` section of a model's config.json, and which setting applies.
+"""Read the ``mlx_sink`` section of a model's config.json, and decide which settings apply.
 
-mlx-lm ignores the section. An argument goes before it, and it goes before the defaults.
+An argument goes before the section, and the section before the defaults. mlx-lm ignores it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ARGUMENT, SECTION_SOURCE, DEFAULT = "argument", "config.json", "default"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a model's section asks for; ``None`` where it does not say.
+    """The settings of a model's section; ``None`` for those that it lacks.
 
     Attributes:
         num_sinks: As in `SinkConfig`.
@@ -30,10 +30,10 @@ class Settings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Read and check the section of a model's configuration; empty if there is none.
+        """Read and validate the section of a model's configuration; empty if there is none.
 
         Raises:
-            ModelError: It is not what a calibration writes.
+            ModelError: The section is not one that a calibration writes.
         """
         section = config.get(SECTION, {})
         if not isinstance(section, dict):
@@ -73,9 +73,9 @@ def apply(
     num_sinks: int | None = None,
     window: int | None = None,
 ) -> Applied:
-    """Say what applies: arguments, then the model's own section, then the defaults.
+    """Combine the settings: arguments first, then the model's own section, then the defaults.
 
-    A window that was not given as an argument makes room for sinks that were.
+    A window from the section or the defaults shrinks to leave room for sinks given as an argument.
 
     Args:
         settings: The model's own section.

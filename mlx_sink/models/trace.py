@@ -7,6 +7,7 @@ watched too; so no name of a model's parts needs to be known.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,72 +20,94 @@ import mlx.nn as nn
 from mlx_sink.attention.rope import RopeCall, Rotation
 from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
-from mlx_sink.config import SinkConfig
+from mlx_sink.config import PREFILL_STEP, SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError, one_line
-from mlx_sink.models.architectures import FUSED_ROPES
+from mlx_sink.models.architectures import FUSED_ROPES, position_limit
 from mlx_sink.models.hook import namespaces
+from mlx_sink.models.layers import Kind, bounded_caches, common_epoch, native_caches
 
 
 @dataclass(slots=True)
-class Seen:
-    """What was seen of one cache.
+class CacheTrace:
+    """What was seen of one cache in one call of the model.
 
     Attributes:
+        length: Tokens that the layer attends to in mlx-lm; 0 where those are all.
+        layer: The layer that it belongs to.
         keys: Shape of the keys taken in last, ``(B, n_kv_heads, L, head_dim)``.
         values: Likewise.
-        itemsize: Bytes of one number.
         rope: The rotary embedding, or ``None`` for a layer without positions.
         rotated: Which of keys (0) and values (1) it rotates.
         calls: How often tokens were taken in.
         attended: How often they were attended to by mlx-lm's function, under a mask of ours.
-        made: The last dimension of the keys that the model made of ours for that.
+        attended_width: The last dimension of the keys that the model made of ours for that.
         lends: Whether another layer attended to them too.
-        window: The longest window that the model asked a mask of.
+        window: The longest window that the model asked a mask of, in a layer that has one.
     """
 
+    length: int = 0
+    layer: int = 0
     keys: tuple[int, ...] = ()
     values: tuple[int, ...] = ()
-    itemsize: int = 0
     rope: RopeCall | None = None
     rotated: int = 0
     calls: int = 0
     attended: int = 0
-    made: int = 0
+    attended_width: int = 0
     lends: bool = False
     window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTrace:
+    """What was seen of a model in two calls, in which nothing was computed.
+
+    Attributes:
+        native: Empty caches as mlx-lm gives them, one for each layer.
+        limit: Positions from which on the model would compute something else, or ``None``.
+        farthest: The largest position that its embeddings will see.
+        chunk: Of each cache that would grow, groups one by one: two tokens at position 0.
+        token: Likewise: one token at position `farthest`.
+    """
+
+    native: tuple[Any, ...]
+    limit: int | None
+    farthest: int
+    chunk: tuple[CacheTrace, ...]
+    token: tuple[CacheTrace, ...]
 
 
 class WatchedCache(SinkCache):
     """A ring that notes what is done with it."""
 
-    def __init__(self, config: SinkConfig, chunked: bool = False):
-        super().__init__(config, Rotation([]), lends=True, chunked=chunked)
-        self.seen = Seen()
+    def __init__(self, config: SinkConfig, kind: Kind = Kind.FULL):
+        super().__init__(config, Rotation([]), lends=True, chunked=kind is Kind.CHUNK)
+        self.trace = CacheTrace(length=0 if kind is Kind.FULL else config.window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in tokens as a `SinkCache` does; that nobody attends to them is no mistake."""
-        seen, self._is_pending = self.seen, False
-        seen.rope, seen.rotated = _watch.rope_of(keys, values)
+        trace, self._is_pending = self.trace, False
+        trace.rope, trace.rotated = _watch.rope_of(keys, values)
         _watch.drop(self)
-        seen.keys, seen.values, seen.itemsize = keys.shape, values.shape, keys.itemsize
-        seen.calls += 1
+        trace.keys, trace.values = keys.shape, values.shape
+        trace.calls += 1
         return super().update_and_fetch(keys, values)
 
     def has_window(self, window_size: int) -> bool:
-        """Note the window that the model asks for."""
-        if self.ring.num_sinks:
+        """Note the window that the model asks for; a layer with full attention has none."""
+        if not self.trace.length:
             return False
-        self.seen.window = max(self.seen.window, window_size)
+        self.trace.window = max(self.trace.window, window_size)
         return True
 
     def leaves_to_model(self, keys: mx.array, mask: object) -> bool:
         """Note whether ours could have been used, and leave it to mlx-lm."""
         was_pending, self._is_pending = self._is_pending, False
         if was_pending and self.knows(mask):
-            self.seen.attended += 1
-            self.seen.made = keys.shape[3]
+            self.trace.attended += 1
+            self.trace.attended_width = keys.shape[3]
         elif not was_pending:
-            self.seen.lends = True
+            self.trace.lends = True
         if _watch.last is self:
             # What rotated these queries has nothing to do with the next layer's keys.
             _watch.drop(self)
@@ -169,7 +192,21 @@ def _noted(original: Callable[..., Any], of: Callable[..., RopeCall]) -> Callabl
     return noted
 
 
-def trace(model: nn.Module, caches: Sequence[Any], n: int) -> None:
+def forward(model: nn.Module, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
+    """Call a model of mlx-lm.
+
+    Args:
+        model: The model.
+        tokens: ``[B, n]`` int32.
+        caches: Its caches.
+
+    Returns:
+        The logits, ``[B, n, vocabulary]``, not computed yet.
+    """
+    return cast("Any", model)(tokens, cache=list(caches))
+
+
+def dry_run(model: nn.Module, caches: Sequence[Any], n: int) -> None:
     """Send tokens through a model without computing anything.
 
     Args:
@@ -181,7 +218,7 @@ def trace(model: nn.Module, caches: Sequence[Any], n: int) -> None:
         UnsupportedModelError: The model does not take these caches.
     """
     try:
-        cast("Any", model)(mx.zeros((1, n), mx.int32), cache=list(caches))
+        forward(model, mx.zeros((1, n), mx.int32), caches)
     except SinkError as error:
         raise UnsupportedModelError(str(error)) from None
     except Exception as error:
@@ -191,27 +228,45 @@ def trace(model: nn.Module, caches: Sequence[Any], n: int) -> None:
         ) from None
 
 
-def watch(model: nn.Module, make: Callable[[], Sequence[Any]], farthest: int) -> list[list[Seen]]:
+def watch(model: nn.Module, config: SinkConfig) -> ModelTrace:
     """Watch a chunk at the beginning of a stream, and a token at the largest position.
 
     Args:
         model: The model, hooked.
-        make: Makes its caches; those that are watched are `WatchedCache`.
-        farthest: The largest position that its embeddings will see.
+        config: What its caches will keep.
 
-    Returns:
-        For each of the two, what was seen of each watched cache, in the order of the list.
+    Raises:
+        UnsupportedModelError: The model does not take bounded caches.
     """
-    seen: list[list[Seen]] = []
-    for n, position in ((2, 0), (1, farthest)):
-        caches = make()
-        watched = [cache for cache in leaves(caches) if isinstance(cache, WatchedCache)]
-        for cache in watched:
-            cache.ring = replace(cache.ring, epoch=farthest + 2, tokens=position)
-        with _watching(model):
-            trace(model, caches, n)
-        seen.append([cache.seen for cache in watched])
-    return seen
+    native, limit = tuple(native_caches(model)), position_limit(model)
+    config = common_epoch(native, config, limit)
+    farthest = config.epoch_length + PREFILL_STEP
+    if limit is not None:
+        farthest = min(farthest, limit - 1)
+    config = replace(config, epoch=farthest + 2)
+
+    def caches() -> list[Any]:
+        return bounded_caches(copy.deepcopy(native), config, WatchedCache)
+
+    chunk = _watched(model, caches(), n=2, position=0)
+    token = _watched(model, caches(), n=1, position=farthest)
+    return ModelTrace(native, limit, farthest, chunk, token)
+
+
+def _watched(
+    model: nn.Module, caches: Sequence[Any], n: int, position: int
+) -> tuple[CacheTrace, ...]:
+    """Return what is seen of each `WatchedCache` in a call of n tokens at a position."""
+    traces: list[CacheTrace] = []
+    for layer, cache in enumerate(caches):
+        for part in leaves([cache]):
+            if isinstance(part, WatchedCache):
+                part.ring = replace(part.ring, tokens=position)
+                part.trace.layer = layer
+                traces.append(part.trace)
+    with _watching(model):
+        dry_run(model, caches, n)
+    return tuple(traces)
 
 
 def rope_call(rope: Callable[..., mx.array], width: int) -> RopeCall | None:

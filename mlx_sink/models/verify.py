@@ -1,4 +1,4 @@
-"""The contract put to the proof on a model that mlx_sink does not know.
+"""Check a model that mlx_sink does not know against the contract.
 
 A few dozen random tokens go through the model under a very small configuration, with its own
 weights: what it computes must be mlx-lm's result until the first eviction, and must not depend on
@@ -22,7 +22,9 @@ from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import SinkError, UnsupportedModelError, one_line
+from mlx_sink.models.cache_plan import CachePlan
 from mlx_sink.models.layers import native_caches
+from mlx_sink.models.trace import forward
 
 CONFIG = SinkConfig(2, 6, epoch=11)
 TOKENS = 40
@@ -35,19 +37,18 @@ FAR = 1e-2
 _evaluate: Callable[..., None] = cast("Any", mx).eval
 
 
-def verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]], farthest: int) -> None:
+def verify(model: nn.Module, plan: CachePlan) -> None:
     """Run the checks.
 
     Args:
         model: The model.
-        make: Returns its bounded caches for a configuration.
-        farthest: The largest position that the model will see.
+        plan: Its caches.
 
     Raises:
         UnsupportedModelError: One of them fails.
     """
     try:
-        _verify(model, make, farthest)
+        _verify(model, plan)
     except UnsupportedModelError:
         raise
     except SinkError as error:
@@ -59,8 +60,8 @@ def verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]], farthe
         ) from None
 
 
-def _verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]], farthest: int) -> None:
-    probe = cast("Any", model)(mx.zeros((1, 1), mx.int32), cache=make(CONFIG))
+def _verify(model: nn.Module, plan: CachePlan) -> None:
+    probe = forward(model, mx.zeros((1, 1), mx.int32), plan.caches(CONFIG))
     tokens = np.random.default_rng(0).integers(0, int(probe.shape[-1]), TOKENS)
     tolerance = TOLERANCE.get(probe.dtype, HALF)
 
@@ -70,32 +71,34 @@ def _verify(model: nn.Module, make: Callable[[SinkConfig], Sequence[Any]], farth
             if done >= n:
                 break
             piece = mx.array(tokens[done : min(done + length, n)][None])
-            parts.append(cast("Any", model)(piece, cache=caches))
+            parts.append(forward(model, piece, caches))
             _evaluate(parts[-1], [cache.state for cache in caches])
             done += length
         return np.asarray(mx.concatenate(parts, axis=1)[0].astype(mx.float32), np.float32)
 
-    def compare(ours: np.ndarray, theirs: np.ndarray, what: str, least: float = 0) -> None:
-        difference = float(np.abs(ours - theirs).max()) / max(float(theirs.std()), 1e-6)
+    def compare(actual: np.ndarray, expected: np.ndarray, what: str, least: float = 0) -> None:
+        difference = float(np.abs(actual - expected).max()) / max(float(expected.std()), 1e-6)
         if not difference <= max(tolerance, least):
             raise UnsupportedModelError(
                 f"it is not known, and a check of the contract fails: {what} "
                 f"(logits differ by {difference:.2g} of their spread)"
             )
 
-    whole = logits(make(CONFIG), [TOKENS])
-    n = _unevicted(make(CONFIG))
+    whole = logits(plan.caches(CONFIG), [TOKENS])
+    n = _unevicted(plan.caches(CONFIG))
     compare(whole[:n], logits(native_caches(model), [n], n), "it differs from plain mlx-lm")
     for cuts in ([1], [5, 1, 1, 13], [9, 2]):
-        compare(logits(make(CONFIG), cuts), whole, f"calls of {cuts} tokens change the result")
+        pieces = logits(plan.caches(CONFIG), cuts)
+        compare(pieces, whole, f"calls of {cuts} tokens change the result")
     # Without sinks, whose positions are the first: then all of a stream can begin anywhere.
-    near, far = (make(replace(CONFIG, num_sinks=0)) for _ in range(2))
+    without_sinks = replace(CONFIG, num_sinks=0)
+    near, far = plan.caches(without_sinks), plan.caches(without_sinks)
     for cache in leaves(far):
         if isinstance(cache, SinkCache):
-            cache.ring = replace(cache.ring, epoch=farthest + 1, start=TOKENS - farthest)
-    compare(
-        logits(far, [TOKENS]), logits(near, [TOKENS]), f"at position {farthest} it is another", FAR
-    )
+            start = TOKENS - plan.farthest
+            cache.ring = replace(cache.ring, epoch=plan.farthest + 1, start=start)
+    what = f"at position {plan.farthest} it is another"
+    compare(logits(far, [TOKENS]), logits(near, [TOKENS]), what, FAR)
 
 
 def _unevicted(caches: Sequence[Any]) -> int:

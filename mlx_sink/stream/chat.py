@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from mlx_sink.errors import InputError
 from mlx_sink.stream.encode import Encoder, Piece
@@ -20,23 +19,6 @@ class Prompt(NamedTuple):
 
     tokens: list[int]
     system: int
-
-
-def read_text(source: str | Path | BinaryIO, name: str) -> str:
-    """Read a prompt from a file or from standard input.
-
-    Raises:
-        InputError: It does not exist, cannot be read, or is not UTF-8.
-    """
-    try:
-        data = Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"cannot read {name}: {reason}") from None
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text: see byte {error.start}") from None
 
 
 def render(

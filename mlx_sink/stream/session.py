@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx import utils
 
 from mlx_sink.attention.ring import Ring
 from mlx_sink.cache.group import leaves
@@ -22,6 +21,7 @@ from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.io import tensors as store
 from mlx_sink.io.tensors import pack, unpack
 from mlx_sink.models.attach import make_cache
+from mlx_sink.models.lazy import parameters
 from mlx_sink.stream.loop import Loop
 
 SAMPLE = 16
@@ -48,7 +48,7 @@ def fingerprint(model: nn.Module, tokenizer: Any) -> dict[str, str]:
     The model's covers its arguments and the names, shapes, types and some values of its weights;
     the tokenizer's its vocabulary.
     """
-    weights: list[tuple[str, mx.array]] = cast("Any", utils).tree_flatten(model.parameters())
+    weights = parameters(model)
     flat = [(mx.reshape(weight, (-1,)), max(1, weight.size // SAMPLE)) for _, weight in weights]
     samples = [values[::stride][:SAMPLE].view(mx.uint8) for values, stride in flat]
     cast("Callable[..., None]", cast("Any", mx).eval)(samples)

@@ -7,14 +7,9 @@ from html import escape
 from typing import Any
 
 from mlx_sink.commands import plots
-from mlx_sink.commands.compare.panels import STYLES, Panel, draw, panels, span_of, wilson
+from mlx_sink.commands.compare.panels import STYLES, Panel, Spread, draw, panels, span_of, wilson
 from mlx_sink.measure.methods import NAMES
-
-NEEDED = (
-    *("command", "date", "machine", "model", "text", "config", "lengths", "trials", "choices"),
-    *("finished", "arms", "beside_recompute", "recall"),
-)
-"""Keys of results."""
+from mlx_sink.measure.results import Results
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -39,17 +34,16 @@ code { overflow-wrap: anywhere; }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(results: Sequence[dict[str, Any]]) -> str:
+def page(results: Sequence[Results]) -> str:
     """Return the page of one run or more, as HTML.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    of_runs = [panels(found) for found in results]
+    of_runs = [panels(run) for run in results]
     parts = ["<h1>Ways to keep a stream's context</h1>", _key(results), _runs(results)]
-    for title in dict.fromkeys(panel.title for made in of_runs for panel in made):
-        same = [next((p for p in made if p.title == title), None) for made in of_runs]
-        parts.append(_section(results, same))
+    for title in _titles(of_runs):
+        parts.append(_section(results, [_titled(title, of_run) for of_run in of_runs]))
     parts.append(_beside(results))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -60,68 +54,64 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def notes(found: dict[str, Any]) -> list[str]:
+def notes(run: Results) -> list[str]:
     """Return what a reader must know of a run, in sentences."""
-    c = found["config"]
-    said = [
-        "The stream is endless, the context is not: bounded arms see "
-        f"{c['num_sinks']} first tokens and the newest {c['window']}. "
-        "What lies between is lost, and no arm but full attention can answer from it.",
+    config, context = run.config, run.model.context
+    sentences = [
+        "The stream is endless, the context is not: bounded methods see "
+        f"{config.num_sinks} first tokens and the newest {config.window}. "
+        "What lies between is lost, and no method but full attention can answer from it.",
     ]
-    if not found["finished"]:
-        said.append("This run has not come to its end yet.")
-    for name, arm in found["arms"].items():
-        if arm["stopped"]:
-            said.append(f"{NAMES[name]} stopped at {arm['tokens']:,} tokens: {arm['stopped']}.")
-    said += _guessing(found)
-    context = found["model"]["context"]
-    if context and found["lengths"][-1] > context:
-        said.append(
+    if not run.finished:
+        sentences.append("This run has not come to its end yet.")
+    for name, method in run.methods.items():
+        if method.stopped:
+            place = f"{NAMES[name]} stopped at {method.tokens:,} tokens"
+            sentences.append(f"{place}: {method.stopped}.")
+    sentences += _guessing(run)
+    if context and run.lengths[-1] > context:
+        sentences.append(
             f"The model was trained on {context:,} tokens: beyond them full attention and "
             "RotatingKVCache use positions that it has never seen."
         )
-    return said
+    return sentences
 
 
-def _guessing(found: dict[str, Any]) -> list[str]:
-    """Say so if an arm answers no better than a guess where it still sees the fact."""
-    asked = [r for r in found["recall"] if r["arm"] == "full" or _is_within(found, r)]
-    if not asked:
+def _guessing(run: Results) -> list[str]:
+    """Say so if a method answers no better than a guess where it still sees the fact."""
+    in_view = [s for s in run.scores if s.method == "full" or s.distance < run.config.capacity]
+    if not in_view:
         return []
-    arms = {row["arm"] for row in asked}
-    arm = next(name for name in ("ours", *NAMES) if name in arms)
-    mine = [row for row in asked if row["arm"] == arm]
-    right, trials = (sum(row[key] for row in mine) for key in ("right", "trials"))
+    measured = {score.method for score in in_view}
+    method = next(name for name in ("ours", *NAMES) if name in measured)
+    scores = [score for score in in_view if score.method == method]
+    right, trials = sum(score.right for score in scores), sum(score.trials for score in scores)
     low, _ = wilson(right, trials)
-    if low > 1 / found["choices"]:
+    if low > 1 / run.choices:
         return []
     return [
-        f"Where the fact is in view, {NAMES[arm]} answers {right} of {trials} questions right, no "
-        f"better than a guess (1 in {found['choices']}): this model is too small to copy what it "
-        "reads. Its recall says nothing about the caches."
+        f"Where the fact is in view, {NAMES[method]} answers {right} of {trials} questions right, "
+        f"no better than a guess (1 in {run.choices}): this model is too small to copy what it "
+        "reads. Its answers say nothing about the caches."
     ]
 
 
-def _is_within(found: dict[str, Any], row: dict[str, Any]) -> bool:
-    return row["distance"] < found["config"]["capacity"]
-
-
-def picture(results: Sequence[dict[str, Any]]) -> Any:
-    """Draw all panels of all runs in one figure."""
-    of_runs = [panels(found) for found in results]
-    titles = list(dict.fromkeys(panel.title for made in of_runs for panel in made))
+def picture(results: Sequence[Results]) -> Any:
+    """Draw all panels of all runs in one matplotlib figure."""
+    of_runs = [panels(run) for run in results]
+    titles = _titles(of_runs)
     across = 2 if len(results) == 1 else len(results)
     cells = [(i, title) for title in titles for i in range(len(results))]
     rows = max(1, -(-len(cells) // across))
     figure = plots.new_figure(5.2 * across, 3.1 * rows)
     grid = figure.subplots(rows, across, squeeze=False).flatten()
     for axes, (i, title) in zip(grid, cells, strict=False):
-        same = [p for made in of_runs for p in made if p.title == title]
-        mine = next((p for p in of_runs[i] if p.title == title), None)
-        if mine:
-            draw(axes, mine, span_of(same))
+        same = [_titled(title, of_run) for of_run in of_runs]
+        panel = same[i]
+        if panel:
+            draw(axes, panel, span_of([other for other in same if other]))
         label = "" if len(results) == 1 else f" ({_label(results[i])})"
-        axes.set_title(title + label, fontsize=9, loc="left")
+        axes.set_title(title + label, fontsize=9, loc="left", parse_math=False)
     for axes in grid[len(cells) :]:
         axes.set_visible(False)
     if cells:
@@ -129,12 +119,21 @@ def picture(results: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def _label(found: dict[str, Any]) -> str:
-    return f"{found['model']['name']}, {found['machine']['processor']}"
+def _titles(of_runs: Sequence[Sequence[Panel]]) -> list[str]:
+    """Return the titles of all panels, each once."""
+    return list(dict.fromkeys(panel.title for of_run in of_runs for panel in of_run))
 
 
-def _key(results: Sequence[dict[str, Any]]) -> str:
-    present = [name for name in NAMES if any(found["arms"].get(name) for found in results)]
+def _titled(title: str, of_run: Sequence[Panel]) -> Panel | None:
+    return next((panel for panel in of_run if panel.title == title), None)
+
+
+def _label(run: Results) -> str:
+    return f"{run.model.name}, {run.machine.processor}"
+
+
+def _key(results: Sequence[Results]) -> str:
+    present = [name for name in NAMES if any(name in run.methods for run in results)]
     cells = (
         f'<span><i style="background:{STYLES[name]["color"].replace(plots.INK, "currentColor")}">'
         f"</i>{escape(NAMES[name])}</span>"
@@ -143,44 +142,44 @@ def _key(results: Sequence[dict[str, Any]]) -> str:
     return f'<p class="key">{"".join(cells)}</p>'
 
 
-def _runs(results: Sequence[dict[str, Any]]) -> str:
-    made: list[str] = []
-    for found in results:
-        m, text, c = found["machine"], found["text"], found["config"]
+def _runs(results: Sequence[Results]) -> str:
+    parts: list[str] = []
+    for run in results:
+        m, c = run.machine, run.config
         facts = {
-            "command": f"<code>{escape(found['command'])}</code>",
-            "date": escape(found["date"]),
-            "machine": escape(f"{m['processor']}, {m['cores']} cores, {m['platform']}"),
+            "command": f"<code>{escape(run.command)}</code>",
+            "date": escape(run.date),
+            "machine": escape(f"{m.processor}, {m.cores} cores, {m.platform}"),
             "versions": escape(
-                f"mlx_sink {m['mlx-sink']}, mlx {m['mlx']} on the {m['device']}, "
-                f"mlx-lm {m['mlx-lm']}, Python {m['python']}"
+                f"mlx_sink {m.mlx_sink}, mlx {m.mlx} on the {m.device}, "
+                f"mlx-lm {m.mlx_lm}, Python {m.python}"
             ),
-            "model": escape(found["model"]["name"]),
-            "text": escape(f"{text['name']}, {text['tokens']:,} tokens"),
-            "keeps": f"{c['num_sinks']} sinks + window {c['window']} = {c['capacity']} tokens",
+            "model": escape(run.model.name),
+            "text": escape(f"{run.text.name}, {run.text.tokens:,} tokens"),
+            "keeps": f"{c.num_sinks} sinks + window {c.window} = {c.capacity} tokens",
         }
         rows = "".join(f"<li><b>{name}</b>: {value}</li>" for name, value in facts.items())
-        said = "".join(f'<p class="warn">{escape(note)}</p>' for note in notes(found))
-        made.append(f"<div><ul>{rows}</ul>{said}</div>")
-    return f'<div class="runs">{"".join(made)}</div>'
+        warnings = "".join(f'<p class="warn">{escape(note)}</p>' for note in notes(run))
+        parts.append(f"<div><ul>{rows}</ul>{warnings}</div>")
+    return f'<div class="runs">{"".join(parts)}</div>'
 
 
-def _section(results: Sequence[dict[str, Any]], same: Sequence[Panel | None]) -> str:
-    there = [panel for panel in same if panel]
-    span, figures = span_of(there), list[str]()
-    for i, (found, panel) in enumerate(zip(results, same, strict=True)):
+def _section(results: Sequence[Results], same: Sequence[Panel | None]) -> str:
+    present = [panel for panel in same if panel]
+    span, figures = span_of(present), list[str]()
+    for i, (run, panel) in enumerate(zip(results, same, strict=True)):
         if panel is None:
             continue
         figure = plots.new_figure(5.4, 3.2)
         axes = figure.add_subplot()
         draw(axes, panel, span)
         _ink(axes)
-        label = escape(_label(found)) if len(results) > 1 else ""
+        label = escape(_label(run)) if len(results) > 1 else ""
         figures.append(
             f"<figure><figcaption>{label}</figcaption>{plots.svg(figure, f'{panel.title}{i}')}"
             f'<div class="scroll">{_table(panel)}</div></figure>'
         )
-    title, about = escape(there[0].title), escape(there[0].about)
+    title, about = escape(present[0].title), escape(present[0].about)
     return f'<h2>{title}</h2><p>{about}</p><div class="runs">{"".join(figures)}</div>'
 
 
@@ -201,7 +200,7 @@ def _table(panel: Panel) -> str:
     return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
 
-def _cell(panel: Panel, value: Any) -> str:
+def _cell(panel: Panel, value: Spread | None) -> str:
     if value is None:
         return "-"
     middle, low, high = value
@@ -209,15 +208,15 @@ def _cell(panel: Panel, value: Any) -> str:
     return escape(panel.write(middle) + spread)
 
 
-def _beside(results: Sequence[dict[str, Any]]) -> str:
+def _beside(results: Sequence[Results]) -> str:
     rows: list[str] = []
-    for found in results:
-        for name, b in found["beside_recompute"].items():
-            label = f"{_label(found)}: " if len(results) > 1 else ""
+    for run in results:
+        for name, b in run.beside_recompute.items():
+            label = f"{_label(run)}: " if len(results) > 1 else ""
             rows.append(
-                f"<tr><th>{escape(label + NAMES[name])}</th><td>{b['count']}</td>"
-                f"<td>{b['perplexity']:.4g}</td><td>{b['recompute']:.4g}</td>"
-                f"<td>{b['difference']:+.4f} ({b['low']:+.4f} - {b['high']:+.4f})</td></tr>"
+                f"<tr><th>{escape(label + NAMES[name])}</th><td>{b.count}</td>"
+                f"<td>{b.perplexity:.4g}</td><td>{b.recompute:.4g}</td>"
+                f"<td>{b.difference:+.4f} ({b.low:+.4f} - {b.high:+.4f})</td></tr>"
             )
     if not rows:
         return ""

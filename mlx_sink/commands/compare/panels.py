@@ -1,17 +1,18 @@
-"""What a comparison shows: for each panel the values of each arm, drawn and as a table."""
+"""The panels of a comparison: for each the values of every method, drawn and as a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_sink.commands import plots
 from mlx_sink.io.units import format_bytes, short
 from mlx_sink.measure.methods import NAMES, SAMPLED
+from mlx_sink.measure.results import LINES, NEEDLE, Measurement, Results, Score
 
-# Okabe and Ito, 2008: apart for people with any colour vision, on light and on dark.
+# Okabe and Ito, 2008: people with any colour vision tell these apart, on light and on dark.
 STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#8a8a8a", "marker": "s"},
     "window": {"color": "#0072b2", "linestyle": ":", "marker": "v"},
@@ -36,9 +37,9 @@ class Panel:
         title: What it shows.
         about: How to read it.
         rows: What stands left of the table's rows.
-        values: For each arm and row a value with its interval, or ``None``.
-        write: Writes a value for people.
-        level: A value to compare with, such as that of a guess.
+        values: For each method and row a value with its interval, or ``None``.
+        write: Formats a value for people.
+        level: A value to compare with, such as the share of right guesses.
     """
 
     title: str
@@ -54,123 +55,119 @@ class Panel:
         return [x for row in self.values.values() for v in row if v for x in v]
 
 
-def panels(found: dict[str, Any]) -> list[Panel]:
-    """Return the panels of a run.
-
-    Args:
-        found: Results, as `compare` writes them.
-    """
+def panels(results: Results) -> list[Panel]:
+    """Return the panels of a run."""
+    sampled = frozenset({SAMPLED})
     return [
         _by_length(
-            found,
+            results,
             "Time of a decoded token (ms)",
-            "Median and middle half, of the last tokens before each length, all arms in turns.",
+            "Median and middle half, of the last tokens before each length, all methods in turns.",
             _three,
-            ("ms", "ms_low", "ms_high"),
+            lambda m: (m.ms, m.ms_low, m.ms_high),
         ),
         _by_length(
-            found,
+            results,
             "Reading (tokens a second)",
             "Since the length before. mlx-lm's RotatingKVCache is fed token by token, because its "
             "mask hides the sinks in chunks; recomputing reads a whole window for each token.",
             _three,
-            ("prefill_tokens_per_s",),
+            lambda m: _exact(m.prefill_tokens_per_s),
         ),
         _by_length(
-            found,
+            results,
             "Bytes of the cache",
             "Full attention grows with every token (linearly); all others are bounded.",
             format_bytes,
-            ("cache_bytes",),
-            skip=SAMPLED,
+            lambda m: _exact(m.cache_bytes),
+            without=sampled,
         ),
         _by_length(
-            found,
+            results,
             "Peak memory",
-            "Weights, the arm's cache, and the most that reading took on top.",
+            "Weights, the method's cache, and the most that reading took on top.",
             format_bytes,
-            ("peak_bytes",),
+            lambda m: _exact(m.peak_bytes),
         ),
         _by_length(
-            found,
+            results,
             "Perplexity since the length before",
             "Lower is better. 95% intervals by a bootstrap over blocks of neighbouring tokens. "
             "Recomputing is sampled: it is compared below, on the same tokens.",
             _three,
-            ("loss", "low", "high"),
-            skip=SAMPLED,
-            of=math.exp,
+            lambda m: (math.exp(m.loss), math.exp(m.low), math.exp(m.high)),
+            without=sampled,
         ),
-        *_recalls(found),
+        *_needle_panels(results),
     ]
 
 
 def _by_length(
-    found: dict[str, Any],
+    results: Results,
     title: str,
     about: str,
     write: Write,
-    keys: tuple[str, ...],
+    value_of: Callable[[Measurement], Spread],
     *,
-    skip: str = "",
-    of: Callable[[float], float] = float,
+    without: Set[str] = frozenset(),
 ) -> Panel:
-    """Return the panel of what was measured at each length: a value, or one and its interval."""
-    lengths: list[int] = found["lengths"]
+    """Return the panel of one value that was measured at each length.
+
+    Args:
+        results: Of the run.
+        title: As in `Panel`.
+        about: As in `Panel`.
+        write: As in `Panel`.
+        value_of: Takes the value out of a measurement.
+        without: Methods that are left out.
+    """
     values: dict[str, list[Spread | None]] = {}
-    for name, arm in found["arms"].items():
-        there = {measured["length"]: measured for measured in arm["at"]}
-        if there and name != skip:
-            values[name] = [_spread(there.get(n), keys, of) for n in lengths]
-    return Panel(title, about, [short(n) for n in lengths], values, write)
+    for name, method in results.methods.items():
+        spreads = {measurement.length: value_of(measurement) for measurement in method.at}
+        if spreads and name not in without:
+            values[name] = [spreads.get(length) for length in results.lengths]
+    return Panel(title, about, [short(n) for n in results.lengths], values, write)
 
 
-def _spread(
-    measured: dict[str, Any] | None, keys: tuple[str, ...], of: Callable[[float], float]
-) -> Spread | None:
-    if measured is None:
-        return None
-    found = [of(measured[key]) for key in keys]
-    return found[0], found[1 % len(found)], found[-1]
+def _exact(value: float) -> Spread:
+    return value, value, value
 
 
 def _three(x: float) -> str:
     return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
-def _recalls(found: dict[str, Any]) -> list[Panel]:
+def _needle_panels(results: Results) -> list[Panel]:
     tests = {
-        "needle": (
+        NEEDLE: (
             "Needles: a fact hidden in the text (share answered right)",
             "Where the line with the fact lies. What lies neither at the sinks nor in the window "
-            "is gone for every bounded arm.",
+            "is gone for every bounded method.",
         ),
-        "lines": (
+        LINES: (
             "Lines: facts asked for from a distance (share answered right)",
             "A text of nothing but facts, one of which is asked for (StreamEval's form).",
         ),
     }
-    made: list[Panel] = []
+    guess = 1 / results.choices
+    result: list[Panel] = []
     for test, (title, about) in tests.items():
-        asked = [row for row in found["recall"] if row["test"] == test]
-        if not asked:
+        scores = [score for score in results.scores if score.test == test]
+        if not scores:
             continue
-        rows = list(dict.fromkeys(row["place"] for row in asked))
-        of = {(row["arm"], row["place"]): row for row in asked}
+        places = list(dict.fromkeys(score.place for score in scores))
+        shares = {(score.method, score.place): _share(score) for score in scores}
         values = {
-            arm: [_share(of.get((arm, place))) for place in rows]
-            for arm in dict.fromkeys(row["arm"] for row in asked)
+            method: [shares.get((method, place)) for place in places]
+            for method in dict.fromkeys(score.method for score in scores)
         }
-        guess = 1 / found["choices"]
-        about = f"{about} {asked[0]['trials']} questions each; the line is a guess's share."
-        made.append(Panel(title, about, rows, values, lambda x: f"{x:.0%}", level=guess))
-    return made
+        about = f"{about} {scores[0].trials} questions each; the line is a guess's share."
+        result.append(Panel(title, about, places, values, lambda x: f"{x:.0%}", level=guess))
+    return result
 
 
-def _share(row: dict[str, Any] | None) -> Spread | None:
-    if row is None:
-        return None
-    return row["right"] / row["trials"], *wilson(row["right"], row["trials"])
+def _share(score: Score) -> Spread:
+    return score.right / score.trials, *wilson(score.right, score.trials)
 
 
 def wilson(right: int, trials: int) -> tuple[float, float]:
@@ -196,8 +193,11 @@ def draw(axes: Any, panel: Panel, span: tuple[float, float] | None = None) -> No
         if not known:
             continue
         xs, ys, lows, highs = zip(*known, strict=True)
-        errors = [[y - a for y, a in zip(ys, lows, strict=True)]]
-        errors.append([b - y for y, b in zip(ys, highs, strict=True)])
+        # An interval of a few values may miss their mean, and matplotlib takes no negative bars.
+        errors = [
+            [max(0.0, y - low) for y, low in zip(ys, lows, strict=True)],
+            [max(0.0, high - y) for y, high in zip(ys, highs, strict=True)],
+        ]
         style = {**STYLES[name], **({"linestyle": ""} if panel.level is not None else {})}
         axes.errorbar(xs, ys, errors, label=NAMES[name], markersize=4, elinewidth=1, **style)
     if panel.level is not None:
@@ -205,10 +205,9 @@ def draw(axes: Any, panel: Panel, span: tuple[float, float] | None = None) -> No
         axes.set_ylim(-0.05, 1.05)
     elif panel.drawn:
         _scale(axes, panel.write, span or (min(panel.drawn), max(panel.drawn)))
-    wide = max(map(len, panel.rows), default=0) > 5
-    axes.set_xticks(
-        places, panel.rows, rotation=20 if wide else 0, ha="right" if wide else "center"
-    )
+    is_wide = max(map(len, panel.rows), default=0) > 5
+    slant = {"rotation": 20, "ha": "right"} if is_wide else {}
+    axes.set_xticks(places, panel.rows, parse_math=False, **slant)
     plots.plain(axes)
 
 

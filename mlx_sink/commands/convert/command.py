@@ -12,15 +12,16 @@ from typing import Any, cast
 
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_sink.commands.convert import quantize as recipes
 from mlx_sink.commands.convert.card import SAMPLE, sample_text
 from mlx_sink.commands.convert.convert import Converted, Text, convert
-from mlx_sink.commands.convert.quantize import Recipe
+from mlx_sink.commands.convert.quantize import PREDICATES, Recipe
+from mlx_sink.commands.numbers import integer
 from mlx_sink.commands.options import Parser, program
 from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import terminal
+from mlx_sink.io import text as text_io
 from mlx_sink.io.units import format_bytes
-from mlx_sink.stream.chat import read_text
+from mlx_sink.models.lazy import DTYPES, MODES
 
 PROG = program("convert")
 
@@ -38,11 +39,11 @@ def parser() -> argparse.ArgumentParser:
     add("--hf-path", "--model", required=True, help="a model folder, or a repository on the hub")
     add("--mlx-path", default="mlx_model", help="the folder to make (mlx_model)")
     add("-q", "--quantize", action="store_true", help="quantise the weights")
-    add("--q-bits", type=int, help="bits per weight")
-    add("--q-group-size", type=int, help="weights that share a scale")
-    add("--q-mode", choices=recipes.MODES, default="affine", help="how to quantise (affine)")
-    add("--quant-predicate", choices=recipes.PREDICATES, help="a mixed-bit recipe")
-    add("--dtype", choices=recipes.DTYPES, help="type of what is not quantised")
+    add("--q-bits", type=integer(1, 8), help="bits per weight")
+    add("--q-group-size", type=integer(1), help="weights that share a scale")
+    add("--q-mode", choices=MODES, default="affine", help="how to quantise (affine)")
+    add("--quant-predicate", choices=PREDICATES, help="a mixed-bit recipe")
+    add("--dtype", choices=DTYPES, help="type of what is not quantised")
     add("--upload-repo", help="a repository on the hub to upload the folder to")
     add("--revision", help="branch, tag or commit of the repository")
     add(
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = Text(sample_text(), SAMPLE)
         if args.calibrate:
             name = f"text file {args.calibrate!r}"
-            text = Text(read_text(args.calibrate, name), Path(args.calibrate).name)
+            text = Text(text_io.read(args.calibrate, name), Path(args.calibrate).name)
     names = ("quantize", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype")
     recipe = Recipe(**{name: getattr(args, name) for name in names})
     with contextlib.redirect_stdout(sys.stderr):

@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.commands.convert import progress as writing
 from mlx_sink.commands.convert.card import write_calibration
-from mlx_sink.commands.convert.quantize import Recipe, rewritten, total, weights_of
+from mlx_sink.commands.convert.quantize import Recipe, rewritten
 from mlx_sink.errors import ModelError, OutputError, one_line
 from mlx_sink.io import atomic, terminal
 from mlx_sink.io.units import format_bytes
@@ -27,6 +27,7 @@ from mlx_sink.measure.calibrate import Calibration, calibrate, read
 from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
 from mlx_sink.models.checkpoint import Checkpoint
+from mlx_sink.models.lazy import parameters, weight_bytes
 from mlx_sink.models.load import find, is_remote, load_unattached
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
@@ -118,7 +119,8 @@ def convert(
     model, config = rewritten(model, config, recipe)
     if calibrate_on is not None:
         read(tokenizer, calibrate_on.text)  # a text that is too short is better refused now
-    nbytes, shards = total(model), len(_utils.make_shards(weights_of(model)))
+    nbytes = weight_bytes(model)
+    shards = len(_utils.make_shards(dict(parameters(model))))
     _check_room(target, nbytes, source)
     calibration = None
     try:

@@ -18,10 +18,9 @@ INTERVAL = 0.1
 
 @contextlib.contextmanager
 def progress(folder: Path, nbytes: int, shards: int) -> Generator[None]:
-    """Show on stderr how many bytes, and which shard, have been written while the block runs.
+    """Show on stderr, while the block runs, how many bytes and shards have been written.
 
-    Meanwhile shards that are complete go to the disk, so that the sync at the end has little to
-    wait for.
+    Complete shards are flushed to the disk meanwhile, so that the sync at the end is short.
 
     Args:
         folder: Where the weight files appear.
@@ -49,7 +48,7 @@ def _watch(bar: tqdm[Any], folder: Path, shards: int, stop: Event) -> None:
     shown = 0
     while not stop.wait(INTERVAL):
         sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
-        # A new shard is worth a line also where nobody watches a bar.
+        # A new shard updates the bar also where stderr is not a terminal.
         if len(sizes) > shown:
             shown = len(sizes)
             bar.set_postfix_str(f"shard {shown} of {shards}", refresh=True)
@@ -59,10 +58,10 @@ def _watch(bar: tqdm[Any], folder: Path, shards: int, stop: Event) -> None:
 def _sync(folder: Path, stop: Event) -> None:
     synced: set[Path] = set()
     while not stop.wait(INTERVAL):
-        # The last one, in the order of their names, may still be growing.
+        # The last shard, by name, may still be growing.
         for file in sorted(folder.glob("*.safetensors"))[:-1]:
             if file not in synced and not stop.is_set():
                 synced.add(file)
-                # What cannot be synced now is tried again, and reported, at the end.
+                # The sync at the end tries again, and reports what fails.
                 with contextlib.suppress(OSError):
                     atomic.sync_file(file)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx import utils as mlx_utils
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.errors import ConfigError
+from mlx_sink.models.lazy import DTYPES, MODES, cast_weights, weight_bytes
 
-# Inside the package this name is the function's.
+# `mlx_lm.convert` is the function: it has taken the module's place in the package.
 _converter: Any = import_module("mlx_lm.convert")
-_utils = cast("Any", mlx_lm_utils)
-_tree = cast("Any", mlx_utils)
 
-DTYPES: tuple[str, ...] = tuple(_converter.MODEL_CONVERSION_DTYPES)
 PREDICATES: tuple[str, ...] = tuple(_converter.QUANT_RECIPES)
-MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-AFFINE_GROUP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +77,18 @@ def rewritten(
     inner = cast("dict[str, Any]", config.get("text_config") or {})
     dtype: object = recipe.dtype or config.get("torch_dtype") or inner.get("dtype")
     if dtype in DTYPES:
-        to = cast("mx.Dtype", getattr(mx, str(dtype)))
-        is_cast: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
-
-        def cast_one(path: str, weight: mx.array) -> mx.array:
-            floating = mx.issubdtype(weight.dtype, mx.floating)
-            return weight.astype(to) if is_cast(path) and floating else weight
-
-        cast("Any", model).update(_tree.tree_map_with_path(cast_one, model.parameters()))
+        cast_weights(model, str(dtype))
     if not recipe.quantize:
         return model, config
-    before = total(model)
+    before = weight_bytes(model)
     try:
         predicate: Any = None
         if recipe.quant_predicate is not None:
-            group = recipe.q_group_size or AFFINE_GROUP
+            group = recipe.q_group_size or MODES["affine"][0]
             predicate = _converter.mixed_quant_predicate_builder(
                 recipe.quant_predicate, model, group
             )
-        model, config = _utils.quantize_model(
+        model, config = mlx_lm_utils.quantize_model(
             model,
             config,
             recipe.q_group_size,
@@ -112,19 +98,9 @@ def rewritten(
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"the model cannot be quantised like this: {error}") from None
-    if total(model) == before:
+    if weight_bytes(model) == before:
         raise ConfigError(
             "--quantize changes nothing: no layer's width is a multiple of the group size, "
             "or all are quantised already"
         )
     return model, config
-
-
-def weights_of(model: nn.Module) -> dict[str, mx.array]:
-    """Return a model's parameters by name."""
-    return dict(_tree.tree_flatten(model.parameters()))
-
-
-def total(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters, read or not."""
-    return sum(weight.nbytes for weight in weights_of(model).values())

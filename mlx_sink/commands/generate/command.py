@@ -21,6 +21,7 @@ from mlx_sink.commands.generate.autosave import Answering, Runner
 from mlx_sink.commands.generate.follow import Follower
 from mlx_sink.commands.generate.prompt import Asked
 from mlx_sink.commands.generate.statistics import summary
+from mlx_sink.commands.numbers import MAX_SEED, add_integer
 from mlx_sink.commands.options import (
     Parser,
     add_draft_options,
@@ -30,7 +31,7 @@ from mlx_sink.commands.options import (
     kv_settings,
     program,
 )
-from mlx_sink.config import NUM_DRAFT_TOKENS, SinkConfig
+from mlx_sink.config import NUM_DRAFT_TOKENS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.io import terminal
 from mlx_sink.io.units import parse_bytes
@@ -79,9 +80,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="make the whole rendered system prompt sinks, so that it is never forgotten",
     )
-    p.add_argument(
-        "--max-tokens", "-m", type=int, default=100, help="tokens to generate, -1 for ever (100)"
-    )
+    what = "tokens to generate, -1 for ever"
+    add_integer(p, "--max-tokens", "-m", least=1, besides=-1, default=100, help=what)
     p.add_argument(
         "--ignore-eos",
         action="store_true",
@@ -101,10 +101,12 @@ def parser() -> argparse.ArgumentParser:
     follow.add_options(p)
     sampling.add_options(p)
     add_draft_options(p)
-    p.add_argument("--seed", type=int, help="seed of the random numbers")
-    p.add_argument(
-        "--prefill-step-size", type=int, default=2048, help="tokens read at once (2048)"
+    usual = "a new one each time"
+    add_integer(
+        p, "--seed", least=0, most=MAX_SEED, usual=usual, help="seed of the random numbers"
     )
+    step = PREFILL_STEP
+    add_integer(p, "--prefill-step-size", least=1, default=step, help="tokens read at once")
     p.add_argument("--json", action="store_true", help="print the statistics as one JSON object")
     return p
 
@@ -299,16 +301,8 @@ def _num_draft_tokens(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise for values that only a later, less clear error would complain about."""
-    if args.max_tokens == 0 or args.max_tokens < -1:
-        raise ConfigError(f"--max-tokens must be positive, or -1 for ever, got {args.max_tokens}")
-    for name in ("prefill_step_size", "save_every"):
-        if getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} must be at least 1, got {getattr(args, name)}")
     if args.num_draft_tokens is not None and args.draft_model is None:
         raise ConfigError("--num-draft-tokens needs --draft-model")
-    if _num_draft_tokens(args) < 1:
-        raise ConfigError(f"--num-draft-tokens must be at least 1, got {args.num_draft_tokens}")
     SinkConfig(
         num_sinks=0 if args.num_sinks is None else args.num_sinks,
         window=1 if args.window is None else args.window,
@@ -317,4 +311,3 @@ def _check(args: argparse.Namespace) -> None:
     if args.memory is not None:
         parse_bytes(args.memory)
     follow.check(args)
-    sampling.check(args)

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from mlx_sink.commands.generate import resume as turns
 from mlx_sink.errors import ConfigError, InputError
+from mlx_sink.io import text as text_io
 from mlx_sink.models.load import DEMO
-from mlx_sink.stream.chat import Frame, frame, read_text, render, render_again
+from mlx_sink.stream.chat import Frame, frame, render, render_again
 from mlx_sink.stream.encode import Encoder
 
 
@@ -99,9 +100,9 @@ class Asked:
 
 def _text(args: argparse.Namespace, fresh: bool) -> str | None:
     if args.prompt_file is not None:
-        return read_text(args.prompt_file, f"prompt file {args.prompt_file!r}")
+        return text_io.read(args.prompt_file, f"prompt file {args.prompt_file!r}")
     if args.prompt == "-":
-        return read_text(sys.stdin.buffer, "standard input")
+        return text_io.read(sys.stdin.buffer, "standard input")
     if args.prompt is not None:
         return args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if not fresh:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_sink.commands.generate.autosave import SAVE_EVERY, Runner
+from mlx_sink.commands.numbers import add_integer
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, SessionError, SinkError
 from mlx_sink.stream import session
@@ -27,12 +28,12 @@ def add_options(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="save everything here as it goes, and go on from it if it exists, exactly",
     )
-    p.add_argument(
+    add_integer(
+        p,
         "--save-every",
-        type=int,
+        least=1,
         default=SAVE_EVERY,
-        metavar="N",
-        help=f"with --session: tokens between two saves ({SAVE_EVERY})",
+        help="with --session: tokens between two saves",
     )
 
 

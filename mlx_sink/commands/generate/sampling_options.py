@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from mlx_sink.commands.numbers import add_integer, add_real
 from mlx_sink.errors import ConfigError
 from mlx_sink.stream.sampler import Sampling, never
 
@@ -23,48 +24,25 @@ PENALTIES = {
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add the options to a parser."""
-    p.add_argument("--temp", type=float, help="sampling temperature (0; 0.7 for the demo model)")
-    p.add_argument("--top-p", type=float, default=1.0, help="sampling top-p (1)")
-    p.add_argument("--min-p", type=float, default=0.0, help="sampling min-p (0)")
-    p.add_argument("--top-k", type=int, default=0, help="sampling top-k, 0 for all (0)")
-    p.add_argument("--min-tokens-to-keep", type=int, default=1, help="least tokens for min-p (1)")
-    p.add_argument("--xtc-probability", type=float, default=0.0, help="probability of XTC (0)")
-    p.add_argument("--xtc-threshold", type=float, default=0.1, help="threshold of XTC (0.1)")
+    usual = "0; 0.7 for the demo model"
+    add_real(p, "--temp", least=0, usual=usual, help="sampling temperature")
+    add_real(p, "--top-p", least=0, most=1, default=1, help="sampling top-p")
+    add_real(p, "--min-p", least=0, most=1, default=0, help="sampling min-p")
+    add_integer(p, "--top-k", least=0, default=0, help="sampling top-k, 0 for all")
+    add_integer(p, "--min-tokens-to-keep", least=1, default=1, help="least tokens for min-p")
+    add_real(p, "--xtc-probability", least=0, most=1, default=0, help="probability of XTC")
+    add_real(p, "--xtc-threshold", least=0, most=0.5, default=0.1, help="threshold of XTC")
     for name, what in PENALTIES.items():
-        p.add_argument(f"--{name}-penalty", type=float, help=f"{what} (none)")
-        p.add_argument(
+        flag, is_factor = f"--{name}-penalty", name == "repetition"
+        least, most = (0, None) if is_factor else (-100, 100)
+        add_real(p, flag, least=least, most=most, above=is_factor, usual="none", help=what)
+        add_integer(
+            p,
             f"--{name}-context-size",
-            type=int,
+            least=1,
             default=CONTEXT,
-            help=f"newest tokens that the {name} penalty looks at ({CONTEXT})",
+            help=f"newest tokens that the {name} penalty looks at",
         )
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise for values that only a later, less clear error would complain about.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-    if args.temp is not None and args.temp < 0:
-        raise ConfigError(f"--temp must be at least 0, got {args.temp}")
-    for name, most in (("top_p", 1), ("min_p", 1), ("xtc_probability", 1), ("xtc_threshold", 0.5)):
-        value = getattr(args, name)
-        if not 0 <= value <= most:
-            raise ConfigError(f"{_flag(name)} must be from 0 to {most}, got {value}")
-    least = {"top_k": 0, "min_tokens_to_keep": 1} | {f"{n}_context_size": 1 for n in PENALTIES}
-    for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            raise ConfigError(
-                f"{_flag(name)} must be at least {minimum}, got {getattr(args, name)}"
-            )
-    penalty = args.repetition_penalty
-    if penalty is not None and penalty <= 0:
-        raise ConfigError(f"--repetition-penalty must be more than 0, got {penalty}")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def settings(args: argparse.Namespace, temp: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run did, in a few lines for people."""
+"""Format the statistics of a run as a few lines for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_sink.models.settings import SECTION_SOURCE
 
 
 def summary(s: dict[str, Any], prog: str) -> str:
-    """Say in a few lines what a run's statistics are."""
+    """Return the statistics of a run as a few lines."""
 
     def rate(tps: float | None) -> str:
         return f" at {tps:.1f} tok/s" if tps else ""
@@ -24,13 +24,13 @@ def summary(s: dict[str, Any], prog: str) -> str:
         f"peak memory {format_bytes(s['peak_memory_bytes'])}",
     ]
     if SECTION_SOURCE in s["sources"].values():
-        came = ", ".join(f"{name}: {source}" for name, source in s["sources"].items())
-        lines.append(f"settings from {came}")
+        origins = ", ".join(f"{name}: {source}" for name, source in s["sources"].items())
+        lines.append(f"settings from {origins}")
     if "draft" in s:
-        drafted = s["draft"]
+        draft = s["draft"]
         lines.append(
-            f"the draft model guessed {drafted['guessed']} tokens, {drafted['accepted']} right"
-            + (f" ({drafted['acceptance_rate']:.0%})" if drafted["guessed"] else "")
+            f"the draft model guessed {draft['guessed']} tokens, {draft['accepted']} right"
+            + (f" ({draft['acceptance_rate']:.0%})" if draft["guessed"] else "")
         )
     if s["model"] == DEMO:
         lines.append(

@@ -1,0 +1,1 @@
+"""`doctor`: are the kernels right on this machine, and how fast."""

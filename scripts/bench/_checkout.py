@@ -1,0 +1,1 @@
+../dev/_checkout.py
