@@ -125,10 +125,9 @@ class Encoder:
         return [], []
 
     def _told_apart(self) -> frozenset[int]:
-        """Return the ids that no ordinary text has: not the unknown token, where there is one."""
-        ids = frozenset(self.control.words.values())
-        unknown = getattr(self._tokenizer, "unk_token_id", None)
-        return ids - {unknown} if unknown in self._raw(RARE) else ids
+        """Return the ids that no ordinary text has: not that of unknown characters."""
+        unknown = set(self._raw(RARE)) - set(self._raw(""))
+        return frozenset(self.control.words.values()) - unknown
 
     def _count(self, ids: Iterable[int]) -> Counter[int]:
         return Counter(i for i in ids if i in self._ids)
@@ -140,10 +139,9 @@ class Encoder:
             InputError: One stays a control token.
         """
         twin = _twin_of(self._tokenizer, self.control)
-        ways = [twin.encode] if twin and twin.takes(pieces) else []
-        for way in [*ways, self._cut, self._spelled]:
+        for way in [*([twin.encode] if twin else []), self._cut, self._spelled]:
             ids = way(pieces)
-            if self._count(ids) == wanted:
+            if ids is not None and self._count(ids) == wanted:
                 return ids
         words = (self.mentions(piece.text) for piece in pieces if not piece.special)
         word = next((word[0] for word in words if word), "a control token")
@@ -204,13 +202,10 @@ class _Twin:
         }
         self._words = words_of(control)
 
-    @staticmethod
-    def takes(pieces: Sequence[Piece]) -> bool:
-        """Tell whether what stands in for control words can be told from the text."""
-        return not any(STAND_IN in piece.text for piece in pieces)
-
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Encode pieces that it `takes`."""
+    def encode(self, pieces: Sequence[Piece]) -> list[int] | None:
+        """Encode pieces; ``None`` if stand-ins and text cannot be told from each other."""
+        if any(STAND_IN in piece.text for piece in pieces):
+            return None
         text = "".join(
             self._words.sub(lambda word: self._stand_ins[word[0]], piece.text)
             if piece.special
@@ -218,6 +213,9 @@ class _Twin:
             for piece in pieces
         )
         ids = cast("list[int]", self._tokenizer.encode(text, add_special_tokens=False))
+        # A word that the tokenizer does not see at its place is seen by no other name either.
+        if 2 * sum(i in self._ids for i in ids) != text.count(STAND_IN):
+            return None
         return [self._ids.get(i, i) for i in ids]
 
 
