@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mlx_sink.errors import InputError
+from mlx_sink.stream.encode import Encoder, Piece
+from mlx_sink.stream.template import Message, Template
 
 
 class Prompt(NamedTuple):
@@ -27,10 +29,12 @@ def render(
     chat: bool = True,
     response: str | None = None,
     template_options: dict[str, Any] | None = None,
+    special: bool = False,
 ) -> Prompt:
     """Render a prompt as mlx-lm does: through the chat template if there is one.
 
-    Without a template the system prompt is a paragraph of its own before the text.
+    Without a template the system prompt is a paragraph of its own before the text, and the
+    answer's beginning follows it.
 
     Args:
         tokenizer: mlx-lm's ``TokenizerWrapper``.
@@ -39,39 +43,35 @@ def render(
         chat: Use the chat template, if the tokenizer has one.
         response: How the answer begins.
         template_options: Further variables of the template.
+        special: Control tokens count in what is said, too; by default they are text there.
 
     Raises:
-        InputError: There is nothing to read, or the template refuses.
+        InputError: There is nothing to read, or the template refuses, or leaves out or changes
+            what is said.
     """
     if not text.strip():
         raise InputError("the prompt is empty")
+    encoder = Encoder(tokenizer)
     if not (chat and tokenizer.has_chat_template):
-        bos = tokenizer.bos_token
-        head = f"{system}\n\n" if system else ""
-        special = bos is None or not (head + text).startswith(bos)
-        if not head:
-            return Prompt(tokenizer.encode(text, add_special_tokens=special), 0)
-        first = list(tokenizer.encode(head, add_special_tokens=special))
-        return Prompt(first + list(tokenizer.encode(text, add_special_tokens=False)), len(first))
+        said = Piece(text + (response or ""), special)
+        if not system:
+            return Prompt(encoder.encode(said, first=True), 0)
+        first = encoder.encode(Piece(f"{system}\n\n", special), first=True)
+        return Prompt(first + encoder.encode(said), len(first))
 
-    def chat_tokens(user: str) -> list[int]:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": user})
+    template = Template(tokenizer, encoder, template_options, special=special)
+
+    def tokens(user: str) -> list[int]:
+        messages = [Message("system", system)] if system else []
+        messages.append(Message("user", user))
         if response is not None:
-            messages.append({"role": "assistant", "content": response})
-        rendered = _from_template(
-            tokenizer,
-            messages,
-            template_options,
-            continue_final_message=response is not None,
-            add_generation_prompt=response is None,
-        )
-        return list(tokenizer.encode(rendered, add_special_tokens=False))
+            messages.append(Message("assistant", response))
+        return encoder.encode(*template.render(messages).pieces())
 
-    tokens = chat_tokens(text)
+    whole = tokens(text)
     # What the template puts before the user's words is what two different users share.
-    shared = _common_prefix(chat_tokens("A"), chat_tokens("0")) if system else 0
-    return Prompt(tokens, min(shared, len(tokens)))
+    shared = _common_prefix(tokens("A"), tokens("0")) if system else 0
+    return Prompt(whole, min(shared, len(whole)))
 
 
 class Frame(NamedTuple):
@@ -81,13 +81,14 @@ class Frame(NamedTuple):
         before: From the beginning of the text to the user's first words.
         ask: From the user's words to the answer.
         again: From an answer to the user's next words.
-        special: The tokenizer's special tokens go before `before`, which has none itself.
+        first: `before` begins a stream that has no template: the tokenizer's own tokens go
+            first.
     """
 
-    before: str
-    ask: str
-    again: str
-    special: bool
+    before: tuple[Piece, ...]
+    ask: tuple[Piece, ...]
+    again: tuple[Piece, ...]
+    first: bool
 
 
 def frame(
@@ -96,6 +97,7 @@ def frame(
     system: str | None = None,
     chat: bool = True,
     template_options: dict[str, Any] | None = None,
+    special: bool = False,
 ) -> Frame:
     """Return what stands around the turns of an endless conversation; arguments as in `render`.
 
@@ -103,43 +105,48 @@ def frame(
         InputError: The template refuses, or changes the words that it is given.
     """
     if not (chat and tokenizer.has_chat_template):
-        return Frame(f"{system}\n\n" if system else "", "", "\n", special=True)
-    words = [("user", "QUESTION-1"), ("assistant", "ANSWER-1"), ("user", "QUESTION-2")]
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": role, "content": content} for role, content in words]
-    first = _from_template(tokenizer, messages[:-2], template_options, add_generation_prompt=True)
-    all_three = _from_template(tokenizer, messages, template_options)
-    before, found, ask = first.partition("QUESTION-1")
-    _, answered, rest = all_three.partition("ANSWER-1")
-    again, next_found, _ = rest.partition("QUESTION-2")
-    if not (found and answered and next_found):
-        raise InputError(
-            "the model's chat template changes what it is given: use --ignore-chat-template"
-        )
-    return Frame(before, ask, again, special=False)
+        before = (Piece(f"{system}\n\n", special),) if system else ()
+        return Frame(before, (), (Piece("\n"),), first=True)
+    template = Template(tokenizer, Encoder(tokenizer), template_options, special=special)
+    messages = [Message("system", system)] if system else []
+    messages += [Message("user", "QUESTION-1"), Message("assistant", "ANSWER-1")]
+    first = template.render(messages[:-1])
+    whole = template.render([*messages, Message("user", "QUESTION-2")], answer=False)
+    before, _, ask = first.text.partition("QUESTION-1")
+    again = whole.text.partition("ANSWER-1")[2].partition("QUESTION-2")[0]
+    return Frame(
+        tuple(first._replace(text=before).pieces()),
+        tuple(first._replace(text=ask).pieces()),
+        tuple(whole._replace(text=again).pieces()),
+        first=False,
+    )
 
 
-def render_again(tokenizer: Any, text: str, around: Frame, ended: bool) -> list[int]:
+def render_again(
+    tokenizer: Any,
+    text: str,
+    around: Frame,
+    ended: bool,
+    *,
+    response: str | None = None,
+    special: bool = False,
+) -> list[int]:
     """Return the tokens of a later turn.
 
     Args:
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         text: What the user says; empty for the beginning of what comes in pieces.
-        around: What stands around it. After `Frame.ask` comes the answer.
+        around: What stands around it.
         ended: The answer before ended with an end-of-text token, which the template writes too.
+        response: How the answer begins, after what the template writes before it; ``None`` if
+            that is still to come.
+        special: As in `render`.
     """
-    tokens = list(tokenizer.encode(around.again + text, add_special_tokens=False))
+    pieces = [*around.again, Piece(text, special)]
+    if response is not None:
+        pieces += [*around.ask, Piece(response, special)]
+    tokens = Encoder(tokenizer).encode(*pieces)
     return tokens[1:] if ended and tokens[:1] and tokens[0] in tokenizer.eos_token_ids else tokens
-
-
-def _from_template(
-    tokenizer: Any, messages: list[dict[str, str]], options: dict[str, Any] | None, **more: bool
-) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **more, **(options or {}))
-    except Exception as error:  # a template is a program of the model's, and may raise anything
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"the model's chat template refuses the prompt: {lines[0]}") from error
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

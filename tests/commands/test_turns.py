@@ -192,7 +192,8 @@ def test_an_end_that_the_template_writes_too_is_read_once(chat_folder: Path):
         "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     around = frame(tokenizer, system="the sea")
-    assert around == ("[system]the sea[user]", "[assistant]", "</s>[user]", False)
+    texts = ["".join(piece.text for piece in pieces) for pieces in around[:3]]
+    assert texts == ["[system]the sea[user]", "[assistant]", "</s>[user]"]
     end = tokenizer.eos_token_id
     cut_short, ended = (render_again(tokenizer, "the", around, how) for how in (False, True))
     assert cut_short == [end, *ended]

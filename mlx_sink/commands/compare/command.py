@@ -32,7 +32,10 @@ from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
 from mlx_sink.models.lazy import weight_bytes
 from mlx_sink.models.load import load_unattached
+from mlx_sink.models.vocabulary import vocabulary
+from mlx_sink.stream.encode import Encoder, Piece
 from mlx_sink.stream.session import fingerprint
+from mlx_sink.stream.tokens import token_ids
 
 PROG = program("compare")
 DESCRIPTION = (
@@ -137,6 +140,7 @@ class _Run:
         )
         self.model = model
         config, _ = own_settings.apply(own, context, args.num_sinks, args.window)
+        self._encoder, self._vocabulary = Encoder(self.tokenizer), vocabulary(model)
         ids = self.encode(text)
         self.inputs, targets = losses.cut(ids, self.tokenizer.bos_token_id)
         here = machine()
@@ -174,7 +178,9 @@ class _Run:
         self._saved = time.monotonic()
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Return the tokens of a text, in which no word is a control token."""
+        ids = self._encoder.encode(Piece(text))
+        return token_ids(ids, self._vocabulary, self.tokenizer)
 
     def go(self) -> None:
         """Run to the end, and leave the results and the page."""
