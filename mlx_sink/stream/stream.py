@@ -17,15 +17,15 @@ from mlx_sink.config import NUM_DRAFT_TOKENS, PREFILL_STEP
 from mlx_sink.errors import InputError, SessionError
 from mlx_sink.models.attach import make_cache
 from mlx_sink.stream import session
-from mlx_sink.stream.control import control_of
-from mlx_sink.stream.detokenize import detokenizer_for
-from mlx_sink.stream.encode import Encoder, Piece
 from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wired
 from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, fresh_key, greedy
 from mlx_sink.stream.session import Saved
 from mlx_sink.stream.speculative import Draft, check_caches
-from mlx_sink.stream.stop_strings import ShownText
-from mlx_sink.stream.tokens import token_ids
+from mlx_sink.stream.text.control import control_of
+from mlx_sink.stream.text.detokenize import detokenizer_for
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.stop_strings import ShownText
+from mlx_sink.stream.text.tokens import token_ids
 
 
 class Stream:

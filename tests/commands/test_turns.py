@@ -25,7 +25,7 @@ from mlx_sink.commands.generate import resume as turns
 from mlx_sink.commands.generate.command import main
 from mlx_sink.io import tensors as store
 from mlx_sink.io import terminal
-from mlx_sink.stream.chat import frame, render_again
+from mlx_sink.stream.text.chat import frame, render_again
 
 SAMPLING = shlex.split("--temp 0.9 --top-p 0.95 --repetition-penalty 1.2 --seed 3 --ignore-eos")
 PROMPT = ["-p", "the cat and the dog went to the sea " * 5, "--prefill-step-size", "16"]

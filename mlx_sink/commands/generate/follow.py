@@ -11,9 +11,9 @@ from mlx_sink.commands.generate.autosave import Runner
 from mlx_sink.commands.generate.tail import MARK, Tail
 from mlx_sink.errors import SessionError
 from mlx_sink.io import terminal
-from mlx_sink.stream.chat import Frame, render_again
-from mlx_sink.stream.encode import Encoder, Piece
 from mlx_sink.stream.session import natural
+from mlx_sink.stream.text.chat import Frame, render_again
+from mlx_sink.stream.text.encode import Encoder, Piece
 
 LONG = 1 << 18
 """Bytes of a file that take a while to read: from here on a bar is shown."""

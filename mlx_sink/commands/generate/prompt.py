@@ -11,8 +11,8 @@ from mlx_sink.commands.generate import resume as turns
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io import text as text_io
 from mlx_sink.models.load import DEMO
-from mlx_sink.stream.chat import Frame, frame, render, render_again
-from mlx_sink.stream.encode import Encoder
+from mlx_sink.stream.text.chat import Frame, frame, render, render_again
+from mlx_sink.stream.text.encode import Encoder
 
 
 class Asked:

@@ -23,15 +23,15 @@ from mlx_sink.commands.options import kv_settings
 from mlx_sink.io import terminal
 from mlx_sink.io.units import parse_bytes
 from mlx_sink.measure import budget
-from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoints import settings as own_settings
+from mlx_sink.models.checkpoints.settings import Settings
 from mlx_sink.models.load import DEMO, load_draft, load_unattached
 from mlx_sink.models.report import Report
-from mlx_sink.models.settings import Settings
 from mlx_sink.models.vocabulary import vocabulary
-from mlx_sink.stream.control import add_end
 from mlx_sink.stream.session import Saved
 from mlx_sink.stream.stream import Stream
+from mlx_sink.stream.text.control import add_end
 
 DEMO_TEMP = 0.7
 """Temperature for the demo model, unless stated: without one it repeats itself."""
