@@ -24,10 +24,11 @@ from mlx_sink.io import terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
-from mlx_sink.measure import comparison_file, losses, methods, needles
-from mlx_sink.measure.comparison import Comparison, ComparisonSettings
+from mlx_sink.measure import losses
+from mlx_sink.measure.comparison import methods, needles, state
+from mlx_sink.measure.comparison.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
+from mlx_sink.measure.comparison.run import Comparison, ComparisonSettings
 from mlx_sink.measure.machine import as_json, machine
-from mlx_sink.measure.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
 from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
 from mlx_sink.models.lazy import weight_bytes
@@ -152,10 +153,10 @@ class _Run:
         )
         self.comparison = Comparison(model, self.inputs, targets, settings)
         self.scores: list[Score] = []
-        self.state = _with(args.output, ".state")
+        self.state_file = _with(args.output, ".state")
         digest = hashlib.sha256(text.encode()).hexdigest()
         sums = fingerprint(model, self.tokenizer)
-        self.key = comparison_file.key_of(settings, trials=args.trials, text=digest, **sums)
+        self.key = state.key_of(settings, trials=args.trials, text=digest, **sums)
         self.start = Results(
             command=shlex.join(["python", "-m", "mlx_sink.compare", *argv]),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -178,9 +179,9 @@ class _Run:
 
     def go(self) -> None:
         """Run to the end, and leave the results and the page."""
-        if self.state.exists():
-            self.scores = comparison_file.restore(self.state, self.comparison, self.key)
-            terminal.say(f"resuming from {self.state}")
+        if self.state_file.exists():
+            self.scores = state.restore(self.state_file, self.comparison, self.key)
+            terminal.say(f"resuming from {self.state_file}")
         terminal.say(str(self.start.machine))
         began, shape = time.monotonic(), "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix} left"
         with tqdm(desc="reading", total=1.0, bar_format=shape) as bar:
@@ -193,7 +194,7 @@ class _Run:
         if self.args.trials:
             self.ask()
         self.keep(final=True)
-        self.state.unlink(missing_ok=True)
+        self.state_file.unlink(missing_ok=True)
 
     def ask(self) -> None:
         """Put the questions that have not been put yet."""
@@ -240,7 +241,7 @@ class _Run:
     def keep(self, final: bool = False) -> None:
         """Save the run and write the page, if it is time to."""
         if final or time.monotonic() - self._saved > EVERY:
-            comparison_file.save(self.state, self.comparison, self.key, self.scores)
+            state.save(self.state_file, self.comparison, self.key, self.scores)
             write(self.args.output, [self.results(final)])
             self._saved = time.monotonic()
 

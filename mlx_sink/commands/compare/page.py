@@ -8,8 +8,8 @@ from typing import Any
 
 from mlx_sink.commands import plots
 from mlx_sink.commands.compare.panels import STYLES, Panel, Spread, draw, panels, span_of, wilson
-from mlx_sink.measure.methods import NAMES
-from mlx_sink.measure.results import Results
+from mlx_sink.measure.comparison.methods import NAMES
+from mlx_sink.measure.comparison.results import Results
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
