@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_sink.attention.layout import Layout
 from mlx_sink.attention.packed import Packed, assembled
-from mlx_sink.attention.ring import Copy, Layout, Run
+from mlx_sink.attention.ring import Copy, Run
 from mlx_sink.config import GROUP_SIZES, SinkConfig
 from mlx_sink.errors import CacheError
 

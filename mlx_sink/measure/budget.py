@@ -17,7 +17,7 @@ from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError, UnsupportedModelError
 from mlx_sink.io.units import format_bytes
 from mlx_sink.models.attach import attach
-from mlx_sink.models.checkpoint import trained_context
+from mlx_sink.models.checkpoints.checkpoint import trained_context
 from mlx_sink.models.lazy import parameters, weight_bytes
 from mlx_sink.models.report import Report
 

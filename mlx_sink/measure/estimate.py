@@ -16,8 +16,9 @@ from mlx_sink.errors import ConfigError
 from mlx_sink.io import records
 from mlx_sink.measure import budget
 from mlx_sink.measure.costs import Costs, costs_of
-from mlx_sink.models import lazy, settings
-from mlx_sink.models.checkpoint import trained_context
+from mlx_sink.models import lazy
+from mlx_sink.models.checkpoints import settings
+from mlx_sink.models.checkpoints.checkpoint import trained_context
 from mlx_sink.models.report import Report
 
 LENGTHS = (4 << 10, 32 << 10, 128 << 10, 1 << 20, 10 << 20)

@@ -20,8 +20,8 @@ from mlx_lm.models import bitlinear_layers
 
 from mlx_sink.errors import ModelError, UnsupportedModelError, one_line
 from mlx_sink.io.units import format_bytes
-from mlx_sink.models import checkpoint, quantization, spelling
 from mlx_sink.models.architectures import VERIFIED, refusal
+from mlx_sink.models.checkpoints import checkpoint, quantization, spelling
 from mlx_sink.models.load import check_folder, find_config
 
 _utils = cast("Any", mlx_lm_utils)

@@ -14,12 +14,13 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, ModelError, one_line
 from mlx_sink.io import terminal
-from mlx_sink.models import checkpoint, demo, folders, quantization, settings, spelling
+from mlx_sink.models import demo
 from mlx_sink.models.attach import attach
-from mlx_sink.models.checkpoint import CONFIG, Checkpoint
-from mlx_sink.models.names import Place, place_of
+from mlx_sink.models.checkpoints import checkpoint, folders, quantization, settings, spelling
+from mlx_sink.models.checkpoints.checkpoint import CONFIG, Checkpoint
+from mlx_sink.models.checkpoints.names import Place, place_of
+from mlx_sink.models.checkpoints.settings import Settings
 from mlx_sink.models.report import Report
-from mlx_sink.models.settings import Settings
 
 DEMO = demo.NAME
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,7 @@ from mlx_sink.models.attach import make_cache
 from mlx_sink.stream.loop import Progress, quiet
 from mlx_sink.stream.sampler import LogitsProcessor, Sampler, greedy
 from mlx_sink.stream.stream import Stream
+from mlx_sink.stream.text.encode import Encoder, Piece
 
 INSTEAD = {
     "max_kv_size": "its size is fixed by attach(model, SinkConfig(window=...))",
@@ -32,6 +33,7 @@ def stream_generate(
     *,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    special: bool = True,
     prompt_cache: list[Any] | None = None,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
@@ -48,6 +50,9 @@ def stream_generate(
         max_tokens: Tokens to generate; -1 for no limit.
         stop: Strings that end the text; they are not part of it.
         ignore_eos: Go on after an end-of-text token.
+        special: Control tokens such as ``<|im_end|>`` count in a prompt that is text, as with
+            mlx-lm: it may be one that a chat template has rendered. Of a text from elsewhere say
+            ``False``: they are the text that they are.
         prompt_cache: The caches of a stream to go on with, from ``model.make_cache()``; read
             and written. A new stream by default.
         sampler: Picks the token, as from mlx-lm's ``make_sampler``; the most likely by default.
@@ -61,7 +66,8 @@ def stream_generate(
         mlx-lm's ``GenerationResponse``: one for each token, its text possibly empty.
 
     Raises:
-        InputError: The prompt is empty, or an option does not go with a bounded cache.
+        InputError: The prompt is empty, a token is not in the model's vocabulary, or an option
+            does not go with a bounded cache.
     """
     for name, value in options.items():
         if name not in INSTEAD:
@@ -70,10 +76,9 @@ def stream_generate(
             raise InputError(f"{name} does not go with a sink cache: {INSTEAD[name]}")
     caches: list[Any] = list(make_cache(model)) if prompt_cache is None else prompt_cache
     stream = Stream.over(model, tokenizer, caches)
-    bos = stream.tokenizer.bos_token
     if isinstance(prompt, str):
-        special = bos is None or not prompt.startswith(bos)
-        prompt = cast("list[int]", stream.tokenizer.encode(prompt, add_special_tokens=special))
+        piece = Piece(prompt, special)
+        prompt = Encoder(stream.tokenizer).encode(piece, first=True)
     progress = prompt_progress_callback or quiet
     stream.feed(prompt, prefill_step_size=prefill_step_size, progress=progress)
     yield from stream.generate(
@@ -82,6 +87,7 @@ def stream_generate(
         logits_processors=logits_processors or (),
         stop=stop,
         ignore_eos=ignore_eos,
+        show_special_tokens=True,
     )
 
 

@@ -19,7 +19,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.commands.generate.command import main
-from mlx_sink.stream.text import StopStrings
+from mlx_sink.stream.text.stop_strings import StopStrings
 
 CONFIG = SinkConfig(num_sinks=4, window=28)
 

@@ -18,7 +18,6 @@ import pytest
 from mlx_sink.commands.compare import command
 from mlx_sink.io import tensors
 from mlx_sink.measure import machine
-from mlx_sink.measure.comparison import state
 from mlx_sink.measure.comparison.results import Results
 from mlx_sink.models import demo
 
@@ -99,8 +98,8 @@ def test_the_file_of_a_run_keeps_its_form(
     shutil.copy(DATA / f"{when}.state", file)
     args = command.parser().parse_args([*ARGUMENTS, "--output", str(tmp_path / "run")])
     run = command._Run(args, [])
-    scores = state.restore(file, run.comparison, run.key)
-    state.save(file, run.comparison, run.key, scores)
+    scores = command.comparison_file.restore(file, run.comparison, run.key)
+    command.comparison_file.save(file, run.comparison, run.key, scores)
     (note, arrays), (old_note, old_arrays) = (
         tensors.read(path) for path in (file, DATA / f"{when}.state")
     )

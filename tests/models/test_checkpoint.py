@@ -15,8 +15,8 @@ from tiny import LLAMA3
 
 import mlx_sink
 from mlx_sink import ModelError
-from mlx_sink.models import checkpoint
-from mlx_sink.models.spelling import for_mlx_lm
+from mlx_sink.models.checkpoints import checkpoint
+from mlx_sink.models.checkpoints.spelling import for_mlx_lm
 
 PLAIN = {"rope_type": "default", "rope_theta": 3000.0}
 

@@ -13,7 +13,7 @@ from folder import make_folder
 
 from mlx_sink import ModelError
 from mlx_sink.commands.entry import command
-from mlx_sink.models.checkpoint import PATTERN
+from mlx_sink.models.checkpoints.checkpoint import PATTERN
 
 Change = Callable[[Path], None]
 

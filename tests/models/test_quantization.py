@@ -21,7 +21,7 @@ import mlx_sink
 from mlx_sink import ModelError
 from mlx_sink.commands.entry import command
 from mlx_sink.measure.estimate import estimate
-from mlx_sink.models import quantization
+from mlx_sink.models.checkpoints import quantization
 from mlx_sink.models.lazy import build, weight_bytes
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 280, "num_hidden_layers": 2}

@@ -18,8 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mlx_sink import ModelError
 from mlx_sink.models import architectures
+from mlx_sink.models.checkpoints.spelling import for_mlx_lm
 from mlx_sink.models.lazy import build, parameters
-from mlx_sink.models.spelling import for_mlx_lm
 
 NO_DEFAULT = {
     "dots1": "its default has no experts",

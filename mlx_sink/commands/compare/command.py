@@ -25,15 +25,19 @@ from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
 from mlx_sink.measure import losses
-from mlx_sink.measure.comparison import methods, needles, state
+from mlx_sink.measure.comparison import file as comparison_file
+from mlx_sink.measure.comparison import methods, needles
 from mlx_sink.measure.comparison.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
 from mlx_sink.measure.comparison.run import Comparison, ComparisonSettings
 from mlx_sink.measure.machine import as_json, machine
-from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoints import settings as own_settings
 from mlx_sink.models.lazy import weight_bytes
 from mlx_sink.models.load import load_unattached
+from mlx_sink.models.vocabulary import vocabulary
 from mlx_sink.stream.session import fingerprint
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.tokens import token_ids
 
 PROG = program("compare")
 DESCRIPTION = (
@@ -138,6 +142,7 @@ class _Run:
         )
         self.model = model
         config, _ = own_settings.apply(own, context, args.num_sinks, args.window)
+        self._encoder, self._vocabulary = Encoder(self.tokenizer), vocabulary(model)
         ids = self.encode(text)
         self.inputs, targets = losses.cut(ids, self.tokenizer.bos_token_id)
         here = machine()
@@ -153,10 +158,10 @@ class _Run:
         )
         self.comparison = Comparison(model, self.inputs, targets, settings)
         self.scores: list[Score] = []
-        self.state_file = _with(args.output, ".state")
+        self.state = _with(args.output, ".state")
         digest = hashlib.sha256(text.encode()).hexdigest()
         sums = fingerprint(model, self.tokenizer)
-        self.key = state.key_of(settings, trials=args.trials, text=digest, **sums)
+        self.key = comparison_file.key_of(settings, trials=args.trials, text=digest, **sums)
         self.start = Results(
             command=shlex.join(["python", "-m", "mlx_sink.compare", *argv]),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -175,13 +180,15 @@ class _Run:
         self._saved = time.monotonic()
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Return the tokens of a text, in which no word is a control token."""
+        ids = self._encoder.encode(Piece(text))
+        return token_ids(ids, self._vocabulary, self.tokenizer)
 
     def go(self) -> None:
         """Run to the end, and leave the results and the page."""
-        if self.state_file.exists():
-            self.scores = state.restore(self.state_file, self.comparison, self.key)
-            terminal.say(f"resuming from {self.state_file}")
+        if self.state.exists():
+            self.scores = comparison_file.restore(self.state, self.comparison, self.key)
+            terminal.say(f"resuming from {self.state}")
         terminal.say(str(self.start.machine))
         began, shape = time.monotonic(), "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix} left"
         with tqdm(desc="reading", total=1.0, bar_format=shape) as bar:
@@ -194,7 +201,7 @@ class _Run:
         if self.args.trials:
             self.ask()
         self.keep(final=True)
-        self.state_file.unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
 
     def ask(self) -> None:
         """Put the questions that have not been put yet."""
@@ -241,7 +248,7 @@ class _Run:
     def keep(self, final: bool = False) -> None:
         """Save the run and write the page, if it is time to."""
         if final or time.monotonic() - self._saved > EVERY:
-            state.save(self.state_file, self.comparison, self.key, self.scores)
+            comparison_file.save(self.state, self.comparison, self.key, self.scores)
             write(self.args.output, [self.results(final)])
             self._saved = time.monotonic()
 

@@ -20,8 +20,8 @@ from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.units import format_bytes
+from mlx_sink.models.checkpoints.quantization import MODES
 from mlx_sink.models.lazy import DTYPES
-from mlx_sink.models.quantization import MODES
 
 PROG = program("convert")
 

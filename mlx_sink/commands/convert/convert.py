@@ -23,13 +23,13 @@ from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import atomic, terminal
 from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
-from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
-from mlx_sink.models.checkpoint import Checkpoint
+from mlx_sink.models.checkpoints import checkpoint, settings
+from mlx_sink.models.checkpoints.checkpoint import Checkpoint
+from mlx_sink.models.checkpoints.settings import Settings
 from mlx_sink.models.lazy import parameters, set_parameters, weight_bytes
 from mlx_sink.models.load import by_mlx_lm, find_checkpoint, load_unattached, repository_of
 from mlx_sink.models.report import Report
-from mlx_sink.models.settings import Settings
 
 
 class Text(NamedTuple):

@@ -10,8 +10,8 @@ import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.errors import ConfigError
+from mlx_sink.models.checkpoints.quantization import MODES
 from mlx_sink.models.lazy import cast_weights, dtype_of, weight_bytes
-from mlx_sink.models.quantization import MODES
 
 # `mlx_lm.convert` is the function: it has taken the module's place in the package.
 _converter: Any = import_module("mlx_lm.convert")

@@ -24,6 +24,7 @@ class Answering:
     max_tokens: int = 256
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    show_special_tokens: bool = False
 
 
 class Runner:
@@ -133,6 +134,7 @@ class Runner:
             logits_processors=how.sampling.processors,
             stop=how.stop,
             ignore_eos=how.ignore_eos,
+            show_special_tokens=how.show_special_tokens,
             flush=False,
         ):
             self.last = response

@@ -66,6 +66,12 @@ def parser() -> Parser:
     p.add_argument("--prefill-response", help="how the answer is to begin")
     p.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it is")
     p.add_argument("--chat-template-config", help="variables of the chat template, as JSON")
+    p.add_argument(
+        "--allow-special-tokens",
+        action="store_true",
+        help="read control tokens such as <|im_end|> in the prompt or the followed file as such "
+        "(default: as the text that they are)",
+    )
     add_sink_options(p)
     add_kv_options(p)
     p.add_argument(
@@ -81,11 +87,21 @@ def parser() -> Parser:
     )
     what = "tokens to generate, -1 for ever"
     add_integer(p, "--max-tokens", "-m", least=1, besides=-1, default=100, help=what)
-    p.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    p.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="write for ever: go on after an end-of-text token; in an answer of a chat model, "
+        "never choose one",
+    )
     p.add_argument(
         "--extra-eos-token", nargs="+", default=[], help="more tokens that end the text"
     )
     p.add_argument("--stop", nargs="+", default=[], help="strings that end the text")
+    p.add_argument(
+        "--show-special-tokens",
+        action="store_true",
+        help="print control tokens too (default: only text)",
+    )
     _add_session(p)
     _add_follow(p)
     _add_sampling(p)

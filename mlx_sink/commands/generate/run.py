@@ -20,17 +20,18 @@ from mlx_sink.commands.generate.follow import Follower
 from mlx_sink.commands.generate.options import check, num_draft_tokens, parser
 from mlx_sink.commands.generate.prompt import Asked
 from mlx_sink.commands.options import kv_settings
-from mlx_sink.errors import ConfigError
 from mlx_sink.io import terminal
 from mlx_sink.io.units import parse_bytes
 from mlx_sink.measure import budget
-from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoints import settings as own_settings
+from mlx_sink.models.checkpoints.settings import Settings
 from mlx_sink.models.load import DEMO, load_draft, load_unattached
 from mlx_sink.models.report import Report
-from mlx_sink.models.settings import Settings
+from mlx_sink.models.vocabulary import vocabulary
 from mlx_sink.stream.session import Saved
 from mlx_sink.stream.stream import Stream
+from mlx_sink.stream.text.control import add_end
 
 DEMO_TEMP = 0.7
 """Temperature for the demo model, unless stated: without one it repeats itself."""
@@ -56,14 +57,12 @@ class Run:
         how = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
         note: dict[str, Any] = {**(saved.note if saved else {})}
         note["settings"] = how | resume.settings(args)
+        tokens = vocabulary(self.model)
         for token in args.extra_eos_token:
-            try:
-                self.tokenizer.add_eos_token(token)
-            except ValueError:
-                raise ConfigError(
-                    f"--extra-eos-token must be a token of the model, got {token!r}"
-                ) from None
-        self.chosen = sampling.sampling(how, self.tokenizer)
+            add_end(self.tokenizer, token, tokens)
+        # An answer that goes on after its end is the user's next turn, and it is not the model's.
+        endless = args.ignore_eos and self.asked.is_chat
+        self.chosen = sampling.sampling(how, self.tokenizer, tokens, endless=endless)
         draft = self._draft_options()
         if saved:
             self.stream = Stream.resume(saved, self.model, self.tokenizer, **draft)
@@ -125,7 +124,13 @@ class Run:
         args = self.args
         runner = self.runner = Runner(
             self.stream,
-            Answering(self.chosen, args.max_tokens, tuple(args.stop), args.ignore_eos),
+            Answering(
+                self.chosen,
+                args.max_tokens,
+                tuple(args.stop),
+                args.ignore_eos,
+                args.show_special_tokens,
+            ),
             show=terminal.write,
             interrupted=interrupted,
             file=self.file,
@@ -138,7 +143,8 @@ class Run:
             runner.save()
         if args.follow is not None:
             around, question = self.asked.around(), self.asked.text
-            Follower(runner, args.follow, args.marker, around, question).run()
+            special = args.allow_special_tokens
+            Follower(runner, args.follow, args.marker, around, question, special=special).run()
         else:
             resume.take(runner, self.asked.name, self.asked.tokens, self._progress)
         if self.file is None:

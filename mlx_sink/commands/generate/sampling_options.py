@@ -10,7 +10,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_sink.commands.generate.options import PENALTIES
 from mlx_sink.errors import ConfigError
-from mlx_sink.stream.sampler import Sampling
+from mlx_sink.stream.sampler import Sampling, never
 
 
 def settings(args: argparse.Namespace, temp: float) -> dict[str, Any]:
@@ -26,19 +26,29 @@ def settings(args: argparse.Namespace, temp: float) -> dict[str, Any]:
     return {"temp": chosen} | {name: getattr(args, name) for name in names}
 
 
-def sampling(settings: dict[str, Any], tokenizer: Any) -> Sampling:
+def sampling(
+    settings: dict[str, Any], tokenizer: Any, vocabulary: int, *, endless: bool = False
+) -> Sampling:
     """Build what `settings` describes from mlx-lm's samplers and logits processors.
+
+    Args:
+        settings: From `settings`.
+        tokenizer: mlx-lm's ``TokenizerWrapper``.
+        vocabulary: Tokens that can be chosen.
+        endless: No end-of-text token is ever chosen.
 
     Raises:
         ConfigError: ``top_k`` is not below the size of the vocabulary, or
             ``min_tokens_to_keep`` above it.
     """
-    values, n = dict(settings), len(tokenizer)
-    if values["top_k"] >= n:
-        raise ConfigError(f"--top-k must be below the vocabulary's {n}, got {values['top_k']}")
-    if values["min_tokens_to_keep"] > n:
+    values = dict(settings)
+    if values["top_k"] >= vocabulary:
         raise ConfigError(
-            f"--min-tokens-to-keep must be at most the vocabulary's {n}, "
+            f"--top-k must be below the vocabulary's {vocabulary}, got {values['top_k']}"
+        )
+    if values["min_tokens_to_keep"] > vocabulary:
+        raise ConfigError(
+            f"--min-tokens-to-keep must be at most the vocabulary's {vocabulary}, "
             f"got {values['min_tokens_to_keep']}"
         )
     penalties = {
@@ -47,9 +57,12 @@ def sampling(settings: dict[str, Any], tokenizer: Any) -> Sampling:
         for end in ("penalty", "context_size")
     }
     special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+    # MLX writes past the end of the logits, too.
+    special = [token for token in special if token < vocabulary]
     sampler = make_sampler(**values, xtc_special_tokens=special)
     make = cast("Callable[..., list[Any]]", make_logits_processors)
-    return Sampling(sampler, make(**penalties))
+    ends = [never(tokenizer.eos_token_ids)] if endless else []
+    return Sampling(sampler, [*make(**penalties), *ends])
 
 
 def penalty_window(settings: dict[str, Any]) -> int:

@@ -1,1 +1,1 @@
-"""Methods to keep a stream's context, side by side on one text: run, results, state file."""
+"""Methods side by side on one text: losses, bytes, times, and questions."""

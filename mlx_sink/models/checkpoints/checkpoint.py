@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_sink.errors import ModelError, one_line
-from mlx_sink.models import folders, quantization
+from mlx_sink.models.checkpoints import folders, quantization
 
 CONFIG = "config.json"
 

@@ -11,7 +11,14 @@ from collections.abc import Collection
 from typing import Any, cast
 
 from mlx_sink.errors import ModelError
-from mlx_sink.models.fields import ABSENT, CHANGED, EVERYWHERE, MISSING, PER_LAYER, Config
+from mlx_sink.models.checkpoints.fields import (
+    ABSENT,
+    CHANGED,
+    EVERYWHERE,
+    MISSING,
+    PER_LAYER,
+    Config,
+)
 
 GEMMAS = ("gemma3", "gemma4", "gemma4_unified")
 
