@@ -285,12 +285,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif args.text is None:
         raise ConfigError("--text names the text to compare on; or give --from results")
     else:
-        for name in ("prefill_step_size", "samples"):
-            if getattr(args, name) < 1:
-                option = "--" + name.replace("_", "-")
-                raise ConfigError(f"{option} must be at least 1, got {getattr(args, name)}")
-        if args.trials < 0 or args.arm_minutes <= 0:
-            raise ConfigError("--trials must be at least 0, and --arm-minutes more than 0")
         _Run(args, argv).go()
     terminal.write(f"{_with(args.output, '.html')}\n")
     return 0
