@@ -165,7 +165,7 @@ def test_a_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch):
 
     def download(name: str, **_: Any) -> str:
         raise ConnectionError(
-            "401 Client Error.\n\nRepository Not Found.\nLog in for private ones."
+            "401 Client Error.\n\nNot Found.\nLog in for private ones."
         )
 
     monkeypatch.setattr(utils, "snapshot_download", download)
