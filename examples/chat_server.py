@@ -25,7 +25,7 @@ from typing import Any
 from mlx_lm.sample_utils import make_sampler
 
 import mlx_sink
-from mlx_sink.stream.chat import frame, render, render_again
+from mlx_sink.stream.text.chat import frame, render, render_again
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>mlx_sink</title>
 <style>body{font:16px system-ui;max-width:40em;margin:2em auto}pre{white-space:pre-wrap}</style>

@@ -22,8 +22,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sink.attention.layout import Block, Layout, Span, layout_of
 from mlx_sink.attention.reference import mask_of
-from mlx_sink.attention.ring import Block, Layout, Span, Turn, layout_of
+from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
@@ -78,6 +79,9 @@ class AlignedCache(SinkCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in new tokens and return the rows that they attend to, aligned.
 
+        A single token gets the rows that it sees and no others: spare slots hold some more, and a
+        decode step has no mask.
+
         Arguments, result and errors as in `SinkCache`; what `AlignedRope` has doubled comes and
         goes doubled.
         """
@@ -85,22 +89,27 @@ class AlignedCache(SinkCache):
         k, v = self.rows.widths
         fetched = list(super().update_and_fetch(keys[..., :k], values[..., :v]))
         self._packed = None
-        if keys.shape[2] > 1 and self.rows.in_chunks is not None:
+        n = keys.shape[2]
+        if n > 1 and self.rows.in_chunks is not None:
             return fetched[0], fetched[1]
         layout = self.take_layout()
-        if not self.rotation.is_identity:
-            which = self.rows.rotated
-            fetched[which] = self._aligned(layout, fetched[which])
+        which = None if self.rotation.is_identity else self.rows.rotated
+        for i, rows in enumerate(fetched):
+            if i == which:
+                fetched[i] = self._aligned(layout, rows)
+            elif n == 1:
+                fetched[i] = _seen(layout, rows)
         return fetched[0], fetched[1]
 
     def _aligned(self, layout: Layout, rows: mx.array) -> mx.array:
-        block = whole(layout)
         double, parts, done = is_doubled(layout), list[mx.array](), 0
-        for span in sorted(block.spans, key=lambda span: span.start):
-            parts += self._unseen(rows[:, :, done : span.start], double)
+        for span in _spans(layout):
+            if layout.n > 1:
+                parts += self._unseen(rows[:, :, done : span.start], double)
             parts.append(self._span(layout, rows, span, double))
             done = span.stop
-        parts += self._unseen(rows[:, :, done:], double)
+        if layout.n > 1:
+            parts += self._unseen(rows[:, :, done:], double)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def _unseen(self, part: mx.array, double: bool) -> list[mx.array]:
@@ -172,6 +181,19 @@ class _AtWork(threading.local):
 
 
 _at_work = _AtWork()
+
+
+def _spans(layout: Layout) -> list[Span]:
+    """Return the rows that a call sees, in row order."""
+    return sorted(whole(layout).spans, key=lambda span: span.start)
+
+
+def _seen(layout: Layout, rows: mx.array) -> mx.array:
+    """Return the rows that a call sees."""
+    spans = _spans(layout)
+    if sum(span.stop - span.start for span in spans) == rows.shape[2]:
+        return rows
+    return mx.concatenate([rows[:, :, span.start : span.stop] for span in spans], axis=2)
 
 
 def is_doubled(layout: Layout) -> bool:

@@ -1,4 +1,4 @@
-"""Several caches of one layer, and the flat list of a model's caches."""
+"""Several caches that take in the same tokens, and the flat list of a model's caches."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+from mlx_sink.cache.rewindable import Rewindable, rollback_of
 from mlx_sink.errors import CacheError
 
 
-class CacheGroup:
-    """Several caches of one layer, which mlx-lm knows as a ``CacheList``.
+class CacheGroup(Rewindable):
+    """Several caches that take in the same tokens: those of a layer, or all of a stream's.
+
+    mlx-lm knows those of a layer as a ``CacheList``. A cache that its model never feeds holds no
+    token: it has none to give back, and sets the others no limit.
 
     Args:
-        caches: Caches of ours or of mlx-lm's.
+        caches: Caches of ours or of mlx-lm's, or groups of them.
     """
 
     def __init__(self, *caches: Any):
@@ -27,8 +31,8 @@ class CacheGroup:
 
     @property
     def offset(self) -> int:
-        """Position of the next token, as the first ring has it; 0 without one."""
-        return next((cache.offset for cache in self.caches if hasattr(cache, "offset")), 0)
+        """Position of the next token, the same in all rings that are fed; 0 without one."""
+        return max((getattr(cache, "offset", 0) for cache in self.caches), default=0)
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheGroup:
         """Refuse mlx-lm's ``kv_bits``, as `SinkCache` does: mlx-lm would ignore it silently.
@@ -42,21 +46,53 @@ class CacheGroup:
         )
 
     def is_trimmable(self) -> bool:
-        """Tell whether tokens can be taken back from all of them."""
+        """Tell whether tokens can be taken back from all of them at any time."""
         return all(cache.is_trimmable() for cache in self.caches)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens seen since the stream began; 0 where no cache counts them."""
+        return max((c.tokens for c in self.caches if isinstance(c, Rewindable)), default=0)
+
+    @property
+    def rollback(self) -> int:
+        """Tokens that all of them can take back at any time."""
+        return min(map(rollback_of, self.caches), default=0)
+
+    @property
+    def spare(self) -> int:
+        """Tokens that `trim` can take back now: as many as all can that hold any."""
+        return min((c.spare if isinstance(c, Rewindable) else 0 for c in self._fed), default=0)
+
     def trim(self, n: int) -> int:
-        """Take back the newest ``n`` tokens; see `SinkCache.trim`."""
-        taken_back = [cache.trim(n) for cache in self.caches]
-        return taken_back[0]
+        """Take back the newest ``n`` tokens from all of them, or from none; see `Rewindable`."""
+        fed, spare = self._fed, self.spare
+        if not fed:
+            return 0
+        if spare == self.tokens:
+            n = min(n, spare)
+        if not 0 <= n <= spare:
+            raise CacheError(f"cannot take back {n} tokens, only {spare}")
+        for cache in fed if n else ():
+            cache.trim(n)
+        return n
+
+    def reopen(self) -> None:
+        """See `Rewindable`."""
+        for cache in self._fed:
+            cache.reopen()
+
+    @property
+    def _fed(self) -> list[Any]:
+        return [cache for cache in self.caches if not cache.empty()]
 
     def size(self) -> int:
         """Return the tokens held."""
-        return max(cache.size() for cache in self.caches)
+        return max((cache.size() for cache in self.caches), default=0)
 
     def empty(self) -> bool:
         """Tell whether nothing was taken in yet."""
-        return self.caches[0].empty()
+        return not self._fed
 
     @property
     def nbytes(self) -> int:
@@ -78,5 +114,5 @@ def leaves(caches: Sequence[Any]) -> list[Any]:
     """Return the caches of a model's list, those in groups one by one."""
     flat: list[Any] = []
     for cache in caches:
-        flat.extend(cache.caches if isinstance(cache, CacheGroup) else [cache])
+        flat.extend(leaves(cache.caches) if isinstance(cache, CacheGroup) else [cache])
     return flat

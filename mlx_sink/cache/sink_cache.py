@@ -8,17 +8,19 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_sink.attention.layout import Layout, layout_of
 from mlx_sink.attention.packed import Packed
 from mlx_sink.attention.reference import mask_of
-from mlx_sink.attention.ring import Layout, Ring, layout_of
+from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache import kv_sharing
+from mlx_sink.cache.rewindable import Rewindable
 from mlx_sink.cache.storage import storage_of
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
 
 
-class SinkCache:
+class SinkCache(Rewindable):
     """The keys and values of one layer: the sinks, and the newest tokens in a ring.
 
     `offset` is what the model's RoPE reads: tokens since the epoch began, which stays bounded.
@@ -245,20 +247,13 @@ class SinkCache:
         return self.ring.spare
 
     def trim(self, n: int) -> int:
-        """Take back the newest ``n`` tokens, as if they had never come.
-
-        Returns:
-            The tokens taken back: n, or all there are if those are fewer.
-
-        Raises:
-            CacheError: n is more than `spare`, so the result would be wrong.
-        """
+        """Take back the newest ``n`` tokens, as if they had never come; see `Rewindable`."""
         n = min(n, self.ring.tokens)
         self.ring = self.ring.trimmed(n)
         return n
 
     def reopen(self) -> None:
-        """Take back the newest token once more than `spare` allows, to read the same one again."""
+        """See `Rewindable`."""
         self.ring = self.ring.reopened()
 
     def size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from mlx_sink.commands.numbers import add_integer
 from mlx_sink.config import (
@@ -32,6 +32,44 @@ class Parser(argparse.ArgumentParser):
         """Print the message and leave with status 2."""
         line = " ".join(message.split())
         self.exit(STATUS_ERROR, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
+
+    def value_of(self, name: str, value: Any) -> Any:
+        """Return an option's value that a file holds, if the command line could have given it.
+
+        Args:
+            name: The option, as `parse_args` names it.
+            value: From JSON.
+
+        Raises:
+            ValueError: It is of another type, or out of range.
+            KeyError: There is no such option.
+        """
+        option = {action.dest: action for action in self._actions}[name]
+        if value is None and option.default is None:
+            return None
+        if option.nargs == 0 and type(value) is bool:
+            return value
+        if option.nargs == "+" and type(value) is list:
+            return [text_of(item) for item in cast("list[object]", value)]
+        if callable(option.type) and type(value) in (int, float):
+            try:
+                return option.type(repr(value))
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(str(error)) from None
+        raise ValueError(value)
+
+
+def text_of(value: object) -> str:
+    """Return a value that is text.
+
+    Raises:
+        ValueError: It is none. Bytes that are no UTF-8 come as halves of pairs: nobody can write
+            them.
+    """
+    if type(value) is not str:
+        raise ValueError(value)
+    value.encode()
+    return value
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -17,10 +17,10 @@ from mlx_sink.io import terminal
 from mlx_sink.measure.losses import chunk_losses, cut
 from mlx_sink.measure.sink_share import SinkShare, sink_share
 from mlx_sink.models.attach import attach, detach, make_cache
-from mlx_sink.models.settings import Settings
+from mlx_sink.models.checkpoints.settings import Settings
 from mlx_sink.models.vocabulary import vocabulary
-from mlx_sink.stream.encode import Encoder, Piece
-from mlx_sink.stream.tokens import token_ids
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.tokens import token_ids
 
 SINKS = (0, 1, 2, 4, 8)
 WINDOWS = 5

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+import mlx_sink
 from mlx_sink.io import records
 
 FAST_GFLOPS = 10.0
@@ -65,6 +66,7 @@ def machine() -> Machine:
     """Describe this machine, and measure its matrix product."""
     gflops = matmul_gflops()
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    packages = versions()
     return Machine(
         platform=platform.platform(),
         processor=processor(),
@@ -74,14 +76,23 @@ def machine() -> Machine:
         fast_blas=on_gpu or gflops > FAST_GFLOPS,
         python=platform.python_version(),
         memory=memory(),
-        mlx_sink=version("mlx-sink"),
-        mlx=version("mlx"),
-        mlx_lm=version("mlx-lm"),
+        mlx_sink=packages["mlx-sink"],
+        mlx=packages["mlx"],
+        mlx_lm=packages["mlx-lm"],
     )
 
 
-def version(package: str) -> str:
-    """Return the version of a package; a checkout on the path has no metadata to say one."""
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on.
+
+    Of this one it is that of the code which runs: a checkout on ``PYTHONPATH`` need not be
+    installed, and another one may be.
+    """
+    others = {package: _installed(package) for package in ("mlx", "mlx-lm")}
+    return {"mlx-sink": mlx_sink.__version__, **others}
+
+
+def _installed(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -10,12 +10,13 @@ import mlx.nn as nn
 
 from mlx_sink.cache.aligned import align_ropes, restore_ropes
 from mlx_sink.cache.group import leaves
+from mlx_sink.cache.rewindable import rollback_of
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
 from mlx_sink.models.architectures import VERIFIED, refusal
 from mlx_sink.models.cache_plan import CachePlan, plan_caches
-from mlx_sink.models.checkpoint import trained_context
+from mlx_sink.models.checkpoints.checkpoint import trained_context
 from mlx_sink.models.hook import hook
 from mlx_sink.models.report import LayerReport, Report, report_of
 from mlx_sink.models.trace import dry_run, watch
@@ -147,7 +148,7 @@ def _try_caches(
 def _check_rollback(caches: Sequence[Any], config: SinkConfig) -> None:
     """Raise if tokens are to be taken back, and a layer's cache cannot do that."""
     for i, cache in enumerate(caches):
-        if config.rollback and not cache.is_trimmable():
+        if rollback_of(cache) < config.rollback:
             raise UnsupportedModelError(
                 f"layer {i} has a {type(cache).__name__}, which cannot take tokens back: "
                 f"leave rollback ({config.rollback}) and draft models out"

@@ -12,10 +12,10 @@ from mlx_lm.generate import GenerationResponse
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import InputError
 from mlx_sink.models.attach import make_cache
-from mlx_sink.stream.encode import Encoder, Piece
 from mlx_sink.stream.loop import Progress, quiet
 from mlx_sink.stream.sampler import LogitsProcessor, Sampler, greedy
 from mlx_sink.stream.stream import Stream
+from mlx_sink.stream.text.encode import Encoder, Piece
 
 INSTEAD = {
     "max_kv_size": "its size is fixed by attach(model, SinkConfig(window=...))",

@@ -18,8 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
-from mlx_sink.cache.group import leaves
-from mlx_sink.cache.sink_cache import SinkCache
+from mlx_sink.cache.group import CacheGroup
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import CacheError
 from mlx_sink.io.tensors import copied
@@ -93,10 +92,9 @@ class Loop:
         self.penalty_window = penalty_window
         self.vocabulary = vocabulary(model)
         self.logits: mx.array | None = None
-        rollback = max((int(getattr(cache, "rollback", 0)) for cache in leaves(caches)), default=0)
-        self.recent: deque[int] = deque(maxlen=penalty_window + rollback)
-        tokens = [int(getattr(cache, "tokens", 0)) for cache in leaves(caches)]
-        self.position = max(tokens, default=0)
+        self._held = CacheGroup(*caches)
+        self.recent: deque[int] = deque(maxlen=penalty_window + self._held.rollback)
+        self.position = self._held.tokens
         # Read by the model, and not yet handed out; with a draft only.
         self._ahead: deque[Step] = deque()
         self._chosen: Choice | None = None
@@ -200,8 +198,7 @@ class Loop:
         first = self._chosen or choose(self._expected(), history.tokens, self.key, sampling)
         self._whole = False
         steps, surplus, self._chosen = draft.round(first, history, sampling, self._logits)
-        for cache in self.caches:
-            cache.trim(surplus)
+        self._held.trim(surplus)
         self._ahead.extend(steps)
         self._whole = True
 
@@ -209,18 +206,21 @@ class Loop:
         """Take back what the model has read beyond the tokens handed out."""
         n, self._chosen = len(self._ahead), None
         if n and self.draft and self._whole:
-            for cache in self.caches:
-                cache.trim(n)
+            self._held.trim(n)
             self.draft.rewind(n)
             self._ahead.clear()
 
     @property
     def spare(self) -> int:
         """Tokens that `rollback` can take back now."""
-        caches = [*self.caches, *(self.draft.caches if self.draft else [])]
-        spare = min(int(getattr(cache, "spare", 0)) for cache in caches)
         complete = len(self.recent) == self.position
-        return min(spare, len(self.recent) - (0 if complete else self.penalty_window))
+        known = len(self.recent) - (0 if complete else self.penalty_window)
+        holders = [(self._held, 0)]
+        if self.draft:
+            holders.append((self.draft.held, self.draft.unread))
+        # Caches that hold no token set no limit.
+        limits = [held.spare + unread for held, unread in holders if not held.empty()]
+        return max(0, min([known, *limits]))
 
     def rollback(self, n: int) -> None:
         """Take back the newest n tokens, as if they had never come.
@@ -236,8 +236,7 @@ class Loop:
             if n == 0:
                 return
             self._whole = False
-            for cache in self.caches:
-                cache.trim(n)
+            self._held.trim(n)
             if self.draft:
                 self.draft.rewind(n)
             for _ in range(n):
@@ -245,8 +244,7 @@ class Loop:
             self.position -= n
             self.logits = None
             if self.position:
-                for cache in self.caches:
-                    _reopen(cache)
+                self._held.reopen()
                 self.logits = self._logits(mx.array([[self.recent[-1]]], mx.int32))[:, -1, :]
                 _evaluate(self.logits)
             self._whole = True
@@ -281,12 +279,13 @@ class Loop:
     def fork(self) -> Loop:
         """Return a copy that goes its own way from here."""
         with self.stepping():
-            caches = [copy(cache) for cache in self.caches]
-            for mine, other in zip(self.caches, caches, strict=True):
-                other.state = copied(mine.state)
+            held = copy(self._held)
+            held.state = copied(self._held.state)
             draft = self.draft.fork() if self.draft else None
             window = self.penalty_window
-            fork = Loop(self.model, caches, key=self.key, penalty_window=window, draft=draft)
+            fork = Loop(
+                self.model, list(held.caches), key=self.key, penalty_window=window, draft=draft
+            )
             fork.logits, fork.position = self.logits, self.position
             fork.recent.extend(self.recent)
             return fork
@@ -348,14 +347,6 @@ class _Wired:
 
 wired = _Wired()
 """Context manager: memory stays wired on a Mac while any stream generates."""
-
-
-def _reopen(cache: Any) -> None:
-    """Take the newest token out of a cache, which is to read that very token again."""
-    if isinstance(cache, SinkCache):
-        cache.reopen()
-    else:
-        cache.trim(1)
 
 
 def _count() -> Iterator[int]:

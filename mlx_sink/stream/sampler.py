@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
+from mlx_sink.errors import InputError
+
 T = TypeVar("T")
 
 # MLX annotates its arguments as nothing in particular.
@@ -157,7 +159,13 @@ def _state() -> mx.array:
 
 
 def fresh_key(seed: int | None) -> mx.array:
-    """Return the key that ``mx.random.seed`` would set, or one drawn from MLX's state."""
+    """Return the key that ``mx.random.seed`` would set, or one drawn from MLX's state.
+
+    Raises:
+        InputError: The seed has more than 64 bits, or is negative.
+    """
     if seed is not None:
+        if not 0 <= seed < 2**64:
+            raise InputError(f"seed must be from 0 to 2**64 - 1, got {seed}")
         return mx.random.key(seed)
     return mx.random.randint(0, 2**31 - 1, (2,), mx.uint32)

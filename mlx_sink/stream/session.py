@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +19,7 @@ import mlx.nn as nn
 
 from mlx_sink.attention.ring import Ring
 from mlx_sink.cache.group import leaves
+from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.io import tensors as store
 from mlx_sink.io.tensors import pack, unpack
@@ -28,8 +31,44 @@ SAMPLE = 16
 """Values of each weight that tell one model from another."""
 
 
+LIMIT = 2**31
+"""Tokens, and the tokens of a penalty window, are less: MLX counts in 32 bits."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """A session that was read from its file.
+
+    Every value is of its type and in its range. Whether the session is a certain model's, `resume`
+    finds out.
+
+    Attributes:
+        path: The file.
+        whose: The `fingerprint` of the model and tokenizer.
+        config: The settings that it was made with.
+        position: Tokens read and made.
+        recent: The newest tokens.
+        penalty_window: Newest tokens that logits processors see.
+        caches: For each layer the class of its cache, and what `trees.pack` made of its state.
+        text: The state of the text that was open, or ``None``.
+        note: What the saver noted; of that only the saver knows what is right.
+        arrays: The tensors, by the names in ``caches``.
+    """
+
+    path: Path
+    whose: dict[str, str]
+    config: SinkConfig
+    position: int
+    recent: list[int]
+    penalty_window: int
+    caches: list[tuple[str, Any]]
+    text: list[Any] | None
+    note: dict[str, Any]
+    arrays: dict[str, mx.array]
+
+
 class Restored(NamedTuple):
-    """A session read from a file.
+    """A session of a model.
 
     Attributes:
         loop: Where the stream stands.
@@ -106,68 +145,75 @@ def save(
         store.write(path, held, arrays)
 
 
-class Described(NamedTuple):
-    """What a session says of itself, to be believed only as far as it is checked.
-
-    Attributes:
-        config: The settings that it was made with.
-        note: What the saver noted.
-        position: Tokens read and made.
-    """
-
-    config: dict[str, Any]
-    note: dict[str, Any]
-    position: int
-
-
-def described(path: Path) -> Described:
-    """Return what can be said of a session before its model is loaded.
+def read(path: Path) -> Saved:
+    """Read a session, whole and once.
 
     Raises:
-        SessionError: The file is unsound.
+        SessionError: The file is unsound, or a value in it is not what was saved.
     """
-    held, _ = store.read(path)
+    held, arrays = store.read(path)
     try:
-        return Described(dict(held["config"]), dict(held["note"]), _natural(held["position"]))
-    except (KeyError, TypeError, ValueError):
-        raise SessionError(f"session {str(path)!r} says nothing of its settings") from None
+        return _saved(path, held, arrays)
+    except _UNFIT:
+        raise SessionError(f"session {str(path)!r} holds values that no stream has") from None
 
 
-def resume(path: Path, model: nn.Module, whose: dict[str, str]) -> Restored:
-    """Read a session for an attached model.
+def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array]) -> Saved:
+    """Check values one by one; any that is wrong raises some kind of error."""
+    config = SinkConfig.from_dict(held["config"])
+    position = natural(held["position"])
+    window = natural(held["penalty_window"], LIMIT)
+    recent = [natural(token, LIMIT) for token in _of(list, held["recent"])]
+    if window < 1 or len(recent) > min(position, window + config.rollback):
+        raise ValueError(window)
+    whose = {_of(str, part): _of(str, held["whose"][part]) for part in ("model", "tokenizer")}
+    caches = [(_of(str, name), packed) for name, packed in _of(list, held["caches"])]
+    text = None if held["text"] is None else _of(list, held["text"])
+    note = _of(dict, held["note"])
+    return Saved(path, whose, config, position, recent, window, caches, text, note, arrays)
+
+
+def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Restored:
+    """Go on from a session with an attached model.
 
     Args:
-        path: The file.
+        saved: The session, which stays as it is.
         model: The model that it was made with.
         whose: The `fingerprint` of that model and its tokenizer.
 
     Raises:
-        SessionError: The file is unsound, or belongs to another model, tokenizer or setting.
+        SessionError: It belongs to another model, tokenizer or setting.
     """
-    held, arrays = store.read(path)
+    name = repr(str(saved.path))
+    for part, expected in whose.items():
+        if saved.whose[part] != expected:
+            raise SessionError(f"session {name} belongs to another {part}")
+    made_with = saved.config.to_dict()
+    for setting, value in _config(model).items():
+        if made_with[setting] != value:
+            raise SessionError(
+                f"session {name} was made with {setting} {made_with[setting]}, not {value}"
+            )
     try:
-        for part, expected in whose.items():
-            if held["whose"][part] != expected:
-                raise SessionError(f"session {str(path)!r} belongs to another {part}")
-        config = cast("dict[str, Any]", held["config"])
-        for name, value in _config(model).items():
-            if config.get(name) != value:
-                raise SessionError(
-                    f"session {str(path)!r} was made with {name} {config.get(name)}, not {value}"
-                )
-        return _restored(model, held, arrays)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        if isinstance(error, SessionError):
-            raise
-        raise SessionError(f"session {str(path)!r} does not fit the model") from None
+        loop = _restored(model, saved)
+    except _UNFIT:
+        raise SessionError(f"session {name} does not fit the model") from None
+    return Restored(loop, saved.text, deepcopy(saved.note))
 
 
-def _restored(model: nn.Module, held: dict[str, Any], arrays: dict[str, mx.array]) -> Restored:
+_UNFIT = (
+    KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError,
+)  # fmt: skip
+"""What values of other types raise where they are used."""
+
+
+def _restored(model: nn.Module, saved: Saved) -> Loop:
     """Build the loop; anything that does not fit raises some kind of error."""
     caches = make_cache(model)
     like, expected = _traced(model)
-    position = _natural(held["position"])
-    for cache, [name, packed], template in zip(caches, held["caches"], like, strict=True):
+    # Arrays of its own: a stream writes into them.
+    arrays = {name: mx.array(array) for name, array in saved.arrays.items()}
+    for cache, (name, packed), template in zip(caches, saved.caches, like, strict=True):
         state = unpack(packed, arrays)
         if name != type(cache).__name__ or not _fits(state, template):
             raise ValueError(name)
@@ -175,38 +221,66 @@ def _restored(model: nn.Module, held: dict[str, Any], arrays: dict[str, mx.array
         cache.state = state
         for part, ring in zip(leaves([cache]), fresh, strict=True):
             # A cache that its model never feeds stays at 0.
-            if not part.empty() and getattr(part, "tokens", position) != position:
-                raise ValueError(position)
+            if not part.empty() and getattr(part, "tokens", saved.position) != saved.position:
+                raise ValueError(saved.position)
             if ring is not None:
                 _check_ring(ring, part.ring, part.state)
     key = arrays["key"]
     if key.dtype != mx.uint32 or key.shape != (2,):
         raise ValueError(key)
-    window = max(1, _natural(held["penalty_window"]))
-    loop = Loop(model, caches, key=key, penalty_window=window)
-    loop.position = position
-    loop.recent.extend(_natural(token, loop.vocabulary) for token in held["recent"])
+    loop = Loop(model, caches, key=key, penalty_window=saved.penalty_window)
+    loop.position = saved.position
+    loop.recent.extend(natural(token, loop.vocabulary) for token in saved.recent)
     logits = arrays.get("logits")
     if expected.shape[-1] > loop.vocabulary:
         expected = expected[:, : loop.vocabulary]
     if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, expected.shape):
         raise ValueError(logits.shape)
     loop.logits = logits
-    return Restored(loop, held["text"], dict(held["note"]))
+    _check_step(loop, expected)
+    return loop
 
 
-def _natural(value: object, end: int = 2**63) -> int:
+def _check_step(loop: Loop, expected: mx.array) -> None:
+    """Raise unless the model takes the caches: a copy of them, of which nothing is computed."""
+    for n in (1, 2):
+        try:
+            logits = _step(loop.model, loop.fork().caches, n)
+        except Exception as error:
+            # What a state that somebody made up does to a model is anybody's guess.
+            raise ValueError(n) from error
+        if logits.shape != expected.shape:
+            raise ValueError(logits.shape)
+
+
+def natural(value: object, end: int = 2**63) -> int:
+    """Return a value that is an integer from 0 to ``end - 1``.
+
+    Raises:
+        ValueError: It is not.
+    """
     if type(value) is not int or not 0 <= value < end:
+        raise ValueError(value)
+    return value
+
+
+def _of(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
         raise ValueError(value)
     return value
 
 
 def _check_ring(fresh: Ring, ring: Ring, state: Sequence[Any]) -> None:
     """Raise unless a ring is one that the model's settings lead to, and its arrays hold it."""
-    same = ("num_sinks", "window", "epoch")
+    same = ("num_sinks", "window", "epoch", "rollback")
     if any(getattr(ring, name) != getattr(fresh, name) for name in same):
         raise ValueError(ring)
     if not 0 <= ring.previous <= ring.start <= ring.tokens < 2**63:
+        raise ValueError(ring)
+    # An epoch that is over has ended with its last call; spare slots hold what was taken back,
+    # and before the first eviction all of them do.
+    taken_back = max(ring.rollback, ring.slots - ring.tokens)
+    if ring.position >= ring.epoch or ring.taken_back > taken_back:
         raise ValueError(ring)
     arrays: dict[str, mx.array] = {}
     pack(state, "", arrays)
@@ -223,13 +297,16 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _traced(model: nn.Module) -> tuple[list[Any], mx.array]:
-    """Return the states of caches that one token went into, and the logits ``[1, vocabulary]``.
-
-    MLX is lazy: nothing is computed.
-    """
+    """Return the states of caches that one token went into, and the logits ``[1, vocabulary]``."""
     caches = make_cache(model)
-    logits = cast("Any", model)(mx.zeros((1, 1), mx.int32), cache=caches)
-    return [cache.state for cache in caches], logits[:, -1, :]
+    logits = _step(model, caches, 1)
+    return [cache.state for cache in caches], logits
+
+
+def _step(model: nn.Module, caches: list[Any], n: int) -> mx.array:
+    """Return the logits after n tokens, ``[1, vocabulary]``; MLX is lazy and computes nothing."""
+    logits = cast("Any", model)(mx.zeros((1, n), mx.int32), cache=caches)
+    return logits[:, -1, :]
 
 
 def _fits(value: Any, like: Any) -> bool:

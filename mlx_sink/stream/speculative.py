@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sink.cache.group import CacheGroup, leaves
+from mlx_sink.cache.rewindable import Rewindable, rollback_of
 from mlx_sink.errors import CacheError, InputError
 from mlx_sink.io.tensors import copied
 from mlx_sink.models.vocabulary import vocabulary
@@ -63,18 +65,29 @@ class Draft:
         num_draft_tokens: Tokens guessed at once.
 
     Attributes:
+        held: Its caches.
         guessed: Tokens guessed so far.
         right: Those that the model chose too.
     """
 
     def __init__(self, model: nn.Module, caches: list[Any], num_draft_tokens: int):
         self.model = model
-        self.caches = caches
+        self.held = CacheGroup(*caches)
         self.num_draft_tokens = num_draft_tokens
         self.guessed = 0
         self.right = 0
         self._unread: list[int] = []
         self._vocabulary = vocabulary(model)
+
+    @property
+    def caches(self) -> list[Any]:
+        """Its caches, one for each layer."""
+        return list(self.held.caches)
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the model has read and the draft has not."""
+        return len(self._unread)
 
     @property
     def acceptance(self) -> float | None:
@@ -85,7 +98,7 @@ class Draft:
         """Take in tokens that the model takes in too."""
         self._logits(mx.array([*self._unread, *tokens], mx.int32))
         self._unread = []
-        _evaluate([cache.state for cache in self.caches])
+        _evaluate(self.held.state)
 
     def round(
         self,
@@ -144,17 +157,13 @@ class Draft:
         self.guessed += n
         self.right += right
         self._unread = [chosen[n]] if right == n else []
-        self._trim(max(0, n - 1 - right))
+        self.held.trim(max(0, n - 1 - right))
 
     def rewind(self, n: int) -> None:
         """Take back the newest n tokens."""
         unread = min(n, len(self._unread))
         del self._unread[len(self._unread) - unread :]
-        self._trim(n - unread)
-
-    def _trim(self, n: int) -> None:
-        for cache in self.caches:
-            cache.trim(n)
+        self.held.trim(n - unread)
 
     def _logits(self, tokens: mx.array) -> mx.array:
         # The model may know tokens that the draft does not; MLX reads past the end of a table.
@@ -163,11 +172,9 @@ class Draft:
 
     def fork(self) -> Draft:
         """Return a copy that goes its own way from here."""
-        caches = [copy(cache) for cache in self.caches]
-        for mine, other in zip(self.caches, caches, strict=True):
-            other.state = copied(mine.state)
         fork = copy(self)
-        fork.caches, fork._unread = caches, list(self._unread)
+        fork.held, fork._unread = copy(self.held), list(self._unread)
+        fork.held.state = copied(self.held.state)
         return fork
 
 
@@ -194,14 +201,14 @@ def check_caches(caches: Sequence[Any], n: int, whose: str) -> None:
     if n < 1:
         raise InputError(f"num_draft_tokens must be at least 1, got {n}")
     for i, cache in enumerate(caches):
-        spare = getattr(cache, "rollback", n)
+        if not all(isinstance(part, Rewindable) for part in leaves([cache])):
+            raise CacheError(
+                f"the {whose} cannot take tokens back, which drafting needs: layer {i} has a "
+                f"{type(cache).__name__}"
+            )
+        spare = rollback_of(cache)
         if spare < n:
             raise CacheError(
                 f"drafting {n} tokens takes as many spare slots, the {whose} has {spare}: "
                 f"attach it with SinkConfig(rollback={n})"
-            )
-        if not cache.is_trimmable():
-            raise CacheError(
-                f"the {whose} cannot take tokens back, which drafting needs: layer {i} has a "
-                f"{type(cache).__name__}"
             )

@@ -17,14 +17,15 @@ from mlx_sink.config import NUM_DRAFT_TOKENS, PREFILL_STEP
 from mlx_sink.errors import InputError, SessionError
 from mlx_sink.models.attach import make_cache
 from mlx_sink.stream import session
-from mlx_sink.stream.control import control_of
-from mlx_sink.stream.detokenize import detokenizer_for
-from mlx_sink.stream.encode import Encoder, Piece
 from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wired
 from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, fresh_key, greedy
+from mlx_sink.stream.session import Saved
 from mlx_sink.stream.speculative import Draft, check_caches
-from mlx_sink.stream.stop_strings import ShownText
-from mlx_sink.stream.tokens import token_ids
+from mlx_sink.stream.text.control import control_of
+from mlx_sink.stream.text.detokenize import detokenizer_for
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.stop_strings import ShownText
+from mlx_sink.stream.text.tokens import token_ids
 
 
 class Stream:
@@ -97,7 +98,7 @@ class Stream:
     @classmethod
     def resume(
         cls,
-        path: str | Path,
+        path: str | Path | Saved,
         model: nn.Module,
         tokenizer: Any,
         *,
@@ -107,7 +108,7 @@ class Stream:
         """Return a stream that goes on where `save` was called.
 
         Args:
-            path: The file.
+            path: The file, or what `session.read` has read from it.
             model: The same model, attached with the same settings.
             tokenizer: Its tokenizer.
             draft_model: As in the class. Drafts are not saved: it reads the newest tokens anew.
@@ -118,8 +119,9 @@ class Stream:
                 tokenizer or setting.
         """
         stream = cls.__new__(cls)
+        saved = path if isinstance(path, Saved) else session.read(Path(path))
         whose = session.fingerprint(model, tokenizer)
-        restored = session.resume(Path(path), model, whose)
+        restored = session.resume(saved, model, whose)
         loop = restored.loop
         loop.draft = _draft(loop.caches, draft_model, num_draft_tokens)
         if loop.draft and loop.recent:
@@ -130,8 +132,9 @@ class Stream:
             try:
                 fresh = detokenizer_for(stream.tokenizer)
                 stream._text = ShownText.restored(fresh, restored.text)
-            except (TypeError, ValueError, KeyError, AttributeError):
-                raise SessionError(f"session {str(path)!r} does not fit the tokenizer") from None
+            except (TypeError, ValueError):
+                name = repr(str(saved.path))
+                raise SessionError(f"session {name} does not fit the tokenizer") from None
         return stream
 
     def save(self, path: str | Path, note: Mapping[str, Any] | None = None) -> None:

@@ -21,7 +21,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny import cut, distance, every, mixed, visible
 
 from mlx_sink import CacheError, SinkConfig, attach, detach
-from mlx_sink.attention.ring import Turn, layout_of
+from mlx_sink.attention.layout import layout_of
+from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache.aligned import AlignedCache, AlignedRope, Rows, is_doubled, whole
 from mlx_sink.models.trace import rope_call
@@ -150,7 +151,16 @@ def test_two_ways_to_be_exact_agree():
     ids=["steps", "7", "at once", "mixed", "mixed too"],
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("config", [CONFIG, SinkConfig(0, 6, epoch=6), SinkConfig(5, 1, epoch=9)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        SinkConfig(0, 6, epoch=6),
+        SinkConfig(5, 1, epoch=9),
+        SinkConfig(3, 7, epoch=13, rollback=2),
+    ],
+    ids=["usual", "no sinks", "no window", "spare slots"],
+)
 def test_equals_brute_force(
     shape: Shape, lengths: Callable[[], Iterable[int]], config: SinkConfig
 ):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import platform
 import re
+from importlib import metadata
 from pathlib import Path
 
 import host_metal
 import mlx.core as mx
 import pytest
 
+import mlx_sink
 from mlx_sink.attention.kernels import check_decode, check_prefill, inputs, prefill, source, trust
 from mlx_sink.commands.doctor import command, models
 from mlx_sink.commands.doctor.command import main
 from mlx_sink.commands.doctor.models import SHAPES, AttentionShape, Conditions
 from mlx_sink.errors import ConfigError, KernelError, OutputError
+from mlx_sink.measure.machine import machine
 
 SMALL = ["--head-dim", "16", "--group", "2", "--window", "20", "--rounds", "1"]
 
@@ -53,6 +56,27 @@ def test_without_metal_it_says_so_and_times_the_rest(capsys: pytest.CaptureFixtu
         assert row["sdpa_us"] > 0
     assert main(SMALL) == 0
     assert "no Metal on this machine" in capsys.readouterr().out
+
+
+def test_a_checkout_need_not_be_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """It is found on PYTHONPATH, and there is no metadata; then that of nothing else either."""
+    hidden = {"mlx-sink"}
+
+    def from_name(name: str) -> metadata.Distribution:
+        if name in hidden:
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    real = metadata.Distribution.from_name
+    monkeypatch.setattr(metadata.Distribution, "from_name", from_name)
+    for mlx in (mx.__version__, "not installed"):
+        assert main([*SMALL, "--json"]) == 0
+        of_doctor = json.loads(capsys.readouterr().out)["machine"]
+        for found in (machine().to_dict(), of_doctor):
+            assert (found["mlx-sink"], found["mlx"]) == (mlx_sink.__version__, mlx)
+        hidden |= {"mlx", "mlx-lm"}
 
 
 @pytest.mark.usefixtures("metal")

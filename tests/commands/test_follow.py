@@ -19,8 +19,8 @@ from mlx_sink import SessionError, SinkConfig, Stream
 from mlx_sink.commands.generate.autosave import Answering, Runner
 from mlx_sink.commands.generate.follow import Follower
 from mlx_sink.commands.generate.tail import Tail
-from mlx_sink.stream.chat import frame
 from mlx_sink.stream.loop import Sampling
+from mlx_sink.stream.text.chat import frame
 
 CONFIG = SinkConfig(num_sinks=4, window=28)
 LINES = ["the cat went to the sea\n", "@@\n", "\n", "the dog\n", " @@ \n", "é and the cat\n"]
@@ -108,6 +108,17 @@ def test_it_reads_line_by_line_and_answers_at_the_marker(
     assert following.text == text
     assert following.stream.position == by_hand.position
     assert following.text.count("\n") >= 2
+
+
+def test_an_answer_under_way_ends_at_a_smaller_limit(loaded: tuple[Any, Any]):
+    """A restart may ask for shorter answers than the one that it goes on with."""
+    stream, text = Stream(*loaded, seed=2), list[str]()
+    stream.feed("the cat")
+    for made in (5, 3, 2):
+        how = Answering(Sampling(SAMPLER), 3, ignore_eos=True)
+        runner = Runner(stream, how, show=text.append, note={"place": {"made": made}})
+        assert runner.answer() == "length"
+        assert runner.tokens_made == max(0, 3 - made)
 
 
 def test_a_chat_template_is_written_around_each_turn(

@@ -25,7 +25,7 @@ from mlx_sink.commands.generate import resume as turns
 from mlx_sink.commands.generate.command import main
 from mlx_sink.io import tensors as store
 from mlx_sink.io import terminal
-from mlx_sink.stream.chat import frame, render_again
+from mlx_sink.stream.text.chat import frame, render_again
 
 SAMPLING = shlex.split("--temp 0.9 --top-p 0.95 --repetition-penalty 1.2 --seed 3 --ignore-eos")
 PROMPT = ["-p", "the cat and the dog went to the sea " * 5, "--prefill-step-size", "16"]
@@ -105,6 +105,18 @@ def test_an_interrupted_turn_is_finished(
     rest, _ = run(*argv)
     assert first + rest == whole
     assert len(rest) > 0
+
+
+def test_a_session_is_read_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be large, and another one may take its place between two looks at it."""
+    argv = [*SAMPLING, *SMALL, *PROMPT, "--session", str(tmp_path / "s"), "-m"]
+    first, _ = run(*argv, "20")
+    opened, read = list[Any](), store._read
+    monkeypatch.setattr(store, "_read", lambda *args: (opened.append(args), read(*args))[1])
+    rest, _ = run("--session", str(tmp_path / "s"), "-m", "10")
+    assert len(opened) == 1
+    monkeypatch.undo()
+    assert first + rest == run(*argv[:-2], str(tmp_path / "t"), "-m", "30")[0]
 
 
 def test_another_question_begins_another_turn(
@@ -311,7 +323,7 @@ def test_a_failed_save_is_a_warning_and_the_run_goes_on(
     monkeypatch.setattr(store, "_write", write)
     text, said = run(*SAMPLING, *SMALL, *PROMPT, "--session", str(file), "-m", "60", "--json")
     assert text == whole
-    assert said.count("warning: cannot save session") == 3
+    assert said.count('{"warning": "cannot save session') == 3
     assert "No space left" in said
     assert json.loads(said.splitlines()[-1])["failed_saves"] == 3
     assert os.listdir(tmp_path) == ["s"]

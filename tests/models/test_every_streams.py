@@ -12,6 +12,7 @@ from every import tiny
 from mlx_lm.generate import generate_step
 
 from mlx_sink import CacheError, SessionError, SinkConfig, attach
+from mlx_sink.io import tensors as store
 from mlx_sink.stream import session
 from mlx_sink.stream.loop import Loop, Sampling
 
@@ -63,7 +64,7 @@ def test_a_saved_stream_goes_on(name: str, tmp_path: Path):
     read(loop, 40, 0)
     session.save(tmp_path / "s", loop, None, WHOSE, {})
     expected = write(loop, 20)
-    restored = session.resume(tmp_path / "s", model, WHOSE).loop
+    restored = session.resume(session.read(tmp_path / "s"), model, WHOSE).loop
     assert restored.position == 40
     assert write(restored, 20) == expected
 
@@ -82,4 +83,25 @@ def test_a_session_of_other_caches_is_refused(tmp_path: Path):
     session.save(tmp_path / "s", loop, None, WHOSE, {})
     model, _ = loop_over("qwen3_next")
     with pytest.raises(SessionError, match="does not fit the model"):
-        session.resume(tmp_path / "s", model, WHOSE)
+        session.resume(session.read(tmp_path / "s"), model, WHOSE)
+
+
+@each_kind
+def test_arrays_of_other_shapes_are_refused_or_go_on(name: str, tmp_path: Path):
+    """Twice as long along each axis: only a ring may have more rows than it uses."""
+    model, loop = loop_over(name)
+    read(loop, 20, 0)
+    good, bad, refused = tmp_path / "good", tmp_path / "bad", 0
+    session.save(good, loop, None, WHOSE, {})
+    held, arrays = store.read(good)
+    cases = [(key, axis) for key, array in arrays.items() for axis in range(array.ndim)]
+    for key, axis in cases:
+        store.write(bad, held, arrays | {key: mx.repeat(arrays[key], 2, axis=axis)})
+        try:
+            restored = session.resume(session.read(bad), model, WHOSE).loop
+        except SessionError:
+            refused += 1
+        else:
+            write(restored, 2)
+            read(restored, 20, 1)
+    assert refused > 0.6 * len(cases)

@@ -13,9 +13,9 @@ from tokenizers import AddedToken
 
 from mlx_sink import InputError
 from mlx_sink.models import demo
-from mlx_sink.stream.chat import frame, render, render_again
-from mlx_sink.stream.control import add_end, control_of
-from mlx_sink.stream.encode import Encoder, Piece
+from mlx_sink.stream.text.chat import frame, render, render_again
+from mlx_sink.stream.text.control import add_end, control_of
+from mlx_sink.stream.text.encode import Encoder, Piece
 
 WORDS = [*CONTROL, USER]
 ATTACKS = [

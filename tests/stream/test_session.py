@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from folder import make_folder
+from forgery import forged, places, signed
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
@@ -24,6 +25,7 @@ import mlx_sink
 from mlx_sink import CacheError, OutputError, SessionError, SinkConfig, Stream
 from mlx_sink.io import tensors as store
 from mlx_sink.io.tensors import copied, pack, unpack
+from mlx_sink.stream import session
 
 CONFIG = SinkConfig(num_sinks=4, window=20, epoch=32)
 
@@ -73,6 +75,21 @@ def test_resumed_text_is_the_uninterrupted_one(at: int, loaded: tuple[Any, Any],
     assert write(resumed, 120 - at) == later
     assert (first[0] + later[0], first[1] + later[1]) == (tokens, text)
     assert os.listdir(tmp_path) == [file.name]
+
+
+def test_two_streams_of_one_reading(loaded: tuple[Any, Any], tmp_path: Path):
+    """What was read stays as it is: neither stream writes into it, or into the other."""
+    stream = fed(loaded)
+    write(stream, 40)
+    stream.save(tmp_path / "s", {"a": [1]})
+    saved = session.read(tmp_path / "s")
+    (tmp_path / "s").unlink()
+    expected = write(stream, 60)
+    for _ in range(2):
+        resumed = Stream.resume(saved, *loaded)
+        assert write(resumed, 60) == expected
+        resumed.note["a"].append(2)
+    assert saved.note == {"a": [1]}
 
 
 def test_saved_in_the_middle_of_an_answer(loaded: tuple[Any, Any], tmp_path: Path):
@@ -202,34 +219,6 @@ def test_other_safetensors(loaded: tuple[Any, Any], folder: Path, tmp_path: Path
 # Files that a damaged disk, or someone, changed.
 
 
-def signed(header: bytes, data: bytes) -> bytes:
-    """Put a file together whose sum is right, as only its maker could."""
-    import hashlib
-
-    whole = struct.pack("<Q", len(header)) + header + data
-    at, zeros = store.SUM_AT, store.NO_SUM
-    if len(header) < 100 or whole[8:at] != store.START:
-        return whole
-    whole = whole[:at] + zeros + whole[at + 64 :]
-    return whole[:at] + hashlib.sha256(whole).hexdigest().encode() + whole[at + 64 :]
-
-
-def parts(file: Path) -> tuple[dict[str, Any], bytes]:
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def forged(file: Path, change: Any) -> bytes:
-    """Change the header, or the session within it, and sign the result."""
-    header, data = parts(file)
-    session = json.loads(header["__metadata__"]["session"])
-    result = change(header, session)
-    data = result if isinstance(result, bytes) else data
-    header["__metadata__"]["session"] = json.dumps(session)
-    return signed(json.dumps(header, separators=(",", ":")).encode(), data)
-
-
 def tensor(header: dict[str, Any]) -> dict[str, Any]:
     return next(v for k, v in header.items() if k.startswith("cache.0"))
 
@@ -286,16 +275,6 @@ VALUES: list[Any] = [
     None, True, -1, 0, 1, 1.5, 1 << 31, 1 << 80, float("nan"), "", "x", "9" * 1000,
     [], [1], [[1]], [0] * 100, {}, {"a": 1}, {"array": "cache.0.0"}, {"tuple": []},
 ]  # fmt: skip
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the way to every value within a JSON value."""
-    items: list[Any] = []
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list):
-        items = list(enumerate(value))
-    return [path, *(place for key, item in items for place in places(item, (*path, key)))]
 
 
 def test_random_forgeries_are_refused_or_go_on(
@@ -374,7 +353,8 @@ def mutated(content: bytes, random: np.random.Generator, n: int) -> bytes:
 PEAK = """
 import resource, sys
 from pathlib import Path
-from mlx_sink import SessionError, store
+from mlx_sink import SessionError
+from mlx_sink.io import tensors as store
 import mlx.core as mx
 mx.eval(mx.zeros(4))
 folder = Path(sys.argv[1])

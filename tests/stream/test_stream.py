@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import mlx_sink
 from mlx_sink import CacheError, InputError, SinkConfig, Stream
 from mlx_sink.models.attach import make_cache
-from mlx_sink.stream.stop_strings import ShownText, StopStrings
+from mlx_sink.stream.text.stop_strings import ShownText, StopStrings
 
 CONFIG = SinkConfig(num_sinks=4, window=20, epoch=32)
 SAMPLER = make_sampler(0.9, top_p=0.95)

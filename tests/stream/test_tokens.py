@@ -19,7 +19,7 @@ from mlx_sink import InputError, SessionError, SinkConfig, Stream, attach, strea
 from mlx_sink.commands.generate.command import main
 from mlx_sink.io import tensors
 from mlx_sink.measure.calibrate import calibrate
-from mlx_sink.stream.tokens import token_ids
+from mlx_sink.stream.text.tokens import token_ids
 
 CONFIG = SinkConfig(num_sinks=2, window=20)
 

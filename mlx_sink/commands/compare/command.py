@@ -24,18 +24,20 @@ from mlx_sink.io import terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
-from mlx_sink.measure import comparison_file, losses, methods, needles
-from mlx_sink.measure.comparison import Comparison, ComparisonSettings
+from mlx_sink.measure import losses
+from mlx_sink.measure.comparison import file as comparison_file
+from mlx_sink.measure.comparison import methods, needles
+from mlx_sink.measure.comparison.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
+from mlx_sink.measure.comparison.run import Comparison, ComparisonSettings
 from mlx_sink.measure.machine import as_json, machine
-from mlx_sink.measure.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
-from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoints import settings as own_settings
 from mlx_sink.models.lazy import weight_bytes
 from mlx_sink.models.load import load_unattached
 from mlx_sink.models.vocabulary import vocabulary
-from mlx_sink.stream.encode import Encoder, Piece
 from mlx_sink.stream.session import fingerprint
-from mlx_sink.stream.tokens import token_ids
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.tokens import token_ids
 
 PROG = program("compare")
 DESCRIPTION = (

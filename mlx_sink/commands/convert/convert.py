@@ -11,28 +11,25 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
-import mlx_lm
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.commands.convert import progress as writing
 from mlx_sink.commands.convert.card import write_calibration
 from mlx_sink.commands.convert.quantize import Recipe, rewritten
-from mlx_sink.errors import ModelError, OutputError, one_line
+from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import atomic, terminal
 from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
-from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
-from mlx_sink.models.checkpoint import Checkpoint
-from mlx_sink.models.lazy import parameters, weight_bytes
-from mlx_sink.models.load import find, is_remote, load_unattached
+from mlx_sink.models.checkpoints import checkpoint, settings
+from mlx_sink.models.checkpoints.checkpoint import Checkpoint
+from mlx_sink.models.checkpoints.settings import Settings
+from mlx_sink.models.lazy import parameters, set_parameters, weight_bytes
+from mlx_sink.models.load import by_mlx_lm, find_checkpoint, load_unattached, repository_of
 from mlx_sink.models.report import Report
-from mlx_sink.models.settings import Settings
-
-_utils = cast("Any", mlx_lm_utils)
 
 
 class Text(NamedTuple):
@@ -111,8 +108,11 @@ def convert(
     """
     start = time.perf_counter()
     target, recipe = _target(Path(mlx_path)), recipe or Recipe()
-    source = checkpoint.check(find(str(hf_path), revision))
-    model, tokenizer, config = _load(str(hf_path), source, trust_remote_code)
+    source = find_checkpoint(str(hf_path), revision)
+    # Lazily: shapes and types are known, no weight is read yet.
+    model, tokenizer, config = by_mlx_lm(
+        str(hf_path), source, lazy=True, trust_remote_code=trust_remote_code
+    )
     own = Settings.of(config)
     context = checkpoint.trained_context(config)
     report = _report(model, own, context)
@@ -120,7 +120,7 @@ def convert(
     if calibrate_on is not None:
         read(tokenizer, calibrate_on.text)  # a text that is too short is better refused now
     nbytes = weight_bytes(model)
-    shards = len(_utils.make_shards(dict(parameters(model))))
+    shards = len(mlx_lm_utils.make_shards(dict(parameters(model))))
     _check_room(target, nbytes, source)
     calibration = None
     try:
@@ -128,8 +128,8 @@ def convert(
             with writing.progress(folder, nbytes, shards):
                 _save(folder, source, model, tokenizer, config)
             del model
-            if is_remote(str(hf_path)):
-                _write_card(folder, str(hf_path))
+            if repository := repository_of(str(hf_path)):
+                _write_card(folder, repository)
             checkpoint.check(folder)
             if calibrate_on is not None:
                 calibration, report = _calibrated(folder, calibrate_on, trust_remote_code)
@@ -151,27 +151,14 @@ def _target(path: Path) -> Path:
     return path
 
 
-def _load(name: str, source: Checkpoint, trust: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Load lazily: shapes and types are known, no weight is read yet."""
-    try:
-        loaded = mlx_lm.load(
-            str(source.path),
-            lazy=True,
-            return_config=True,
-            model_config=checkpoint.for_mlx_lm(source.config),
-            tokenizer_config={"trust_remote_code": trust},
-            trust_remote_code=trust,
-        )
-    except Exception as error:
-        raise ModelError(f"cannot load model {name!r}: {one_line(error)}") from error
-    return cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
-
-
 def _report(model: nn.Module, own: Settings, context: int | None) -> Report:
     """Make sure that the model will stream before anything is written."""
     config, sources = settings.apply(own, context)
+    # A forward pass may change weights: Gemma 3n's clips some, in float32.
+    weights = parameters(model)
     report = replace(attach(model, config), sources=sources)
     detach(model)
+    set_parameters(model, weights)
     return report
 
 
@@ -197,7 +184,7 @@ def _save(
     folder: Path, source: Checkpoint, model: nn.Module, tokenizer: Any, config: dict[str, Any]
 ) -> None:
     try:
-        _utils.save(folder, str(source.path), model, tokenizer, config)
+        mlx_lm_utils.save(folder, str(source.path), model, tokenizer, config)
     except RuntimeError as error:
         # What MLX raises when it cannot write.
         raise OSError(None, one_line(error)) from None
@@ -206,17 +193,15 @@ def _save(
 def _write_card(folder: Path, name: str) -> None:
     """Give a model from the hub the card that mlx-lm would, so that its licence goes along."""
     try:
-        _utils.create_model_card(folder, name)
+        mlx_lm_utils.create_model_card(folder, name)
     except Exception as error:  # whatever the hub or the network raises; a card can wait
         terminal.say(f"the model card was not copied: {one_line(error)}")
 
 
 def _calibrated(folder: Path, on: Text, trust: bool) -> tuple[Calibration, Report]:
-    """Measure the model as it was written, and write down what was found."""
-    loaded = load_unattached(
-        folder, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust
-    )
-    found = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
-    for message in write_calibration(folder, found, on.name):
+    """Measure the model as it was written, and write the settings and figures to its folder."""
+    loaded = load_unattached(folder, trust_remote_code=trust)
+    calibration = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
+    for message in write_calibration(folder, calibration, on.name):
         terminal.say(message)
-    return found, _report(loaded.model, found.settings, loaded.context)
+    return calibration, _report(loaded.model, calibration.settings, loaded.context)

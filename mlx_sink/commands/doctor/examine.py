@@ -6,7 +6,6 @@ import itertools
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import mlx.core as mx
@@ -18,11 +17,11 @@ from mlx_sink.attention.kernels.trust import Verdict
 from mlx_sink.config import SinkConfig
 from mlx_sink.io import terminal
 from mlx_sink.measure.attention_times import Times, decode_times
+from mlx_sink.measure.machine import versions
 
 N_KV_HEADS = 8
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 NO_GPU = "no Metal, no CUDA"
-PACKAGES = ("mlx-sink", "mlx", "mlx-lm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +182,3 @@ def _machine() -> dict[str, str]:
         "python": platform.python_version(),
         **versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that the results depend on."""
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

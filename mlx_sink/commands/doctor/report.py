@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sink.attention.kernels import source, trust
-from mlx_sink.commands.doctor.examine import Examination, versions
+from mlx_sink.commands.doctor.examine import Examination
 from mlx_sink.commands.doctor.models import Conditions, ShapeResult
 from mlx_sink.errors import OutputError
 from mlx_sink.io import terminal
@@ -89,7 +89,7 @@ def _machine() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "system": f"macOS {mac}" if mac else platform.system(),
         "python": platform.python_version(),
-        **versions(),
+        **machine.versions(),
         "kernel_text": source.stamp(*source.names()),
     }
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_sink.commands.generate.options import SAVE_EVERY
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import OutputError
 from mlx_sink.io import terminal
 from mlx_sink.stream.loop import Progress, Sampling, quiet
 from mlx_sink.stream.stream import GenerationResponse, Stream
-
-SAVE_EVERY = 1024
-"""Tokens after which a session is saved, unless stated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,8 @@ class Runner:
             mlx-lm's finish reason; ``None`` if interrupted.
         """
         how = self.answering
-        left = -1 if how.max_tokens < 0 else how.max_tokens - self.place["made"]
+        # An answer that was begun under a larger limit may be longer than this one's already.
+        left = -1 if how.max_tokens < 0 else max(0, how.max_tokens - self.place["made"])
         if left == 0:
             return "length"
         for response in self.stream.generate(

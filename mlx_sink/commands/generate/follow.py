@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from mlx_sink.commands.generate.autosave import Runner
-from mlx_sink.commands.generate.tail import LONGEST, Tail
-from mlx_sink.errors import ConfigError, SessionError, SinkError
+from mlx_sink.commands.generate.tail import MARK, Tail
+from mlx_sink.errors import SessionError
 from mlx_sink.io import terminal
-from mlx_sink.stream.chat import Frame, render_again
-from mlx_sink.stream.encode import Encoder, Piece
+from mlx_sink.stream.session import natural
+from mlx_sink.stream.text.chat import Frame, render_again
+from mlx_sink.stream.text.encode import Encoder, Piece
 
 LONG = 1 << 18
 """Bytes of a file that take a while to read: from here on a bar is shown."""
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    p.add_argument(
-        "--follow",
-        metavar="FILE",
-        help="read a file line by line and what is appended to it later, or standard input "
-        "('-'), until Ctrl-C; --prompt is then the question",
-    )
-    p.add_argument("--marker", metavar="LINE", help="with --follow: the line to answer at")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise for options that do not go together.
+def check_place(place: Any) -> None:
+    """Check what a session says of the place in the followed file.
 
     Raises:
-        ConfigError: They do not.
+        ValueError: It is not what `Follower` notes. Other errors come from values of other types.
     """
-    if args.follow is None:
-        if args.marker is not None:
-            raise ConfigError("--marker needs --follow")
-        return
-    marker = args.marker
-    if marker is None:
-        raise ConfigError("--follow needs --marker LINE: the line at which to answer")
-    if not marker.strip() or "\n" in marker or len(marker.encode()) > LONGEST // 2:
-        raise ConfigError(f"--marker must be one short line that is not blank, got {marker!r}")
-    if args.prompt_file is not None or args.prompt == "-" or args.prefill_response is not None:
-        raise ConfigError("with --follow, the question is stated by --prompt TEXT")
-    if args.max_tokens < 0 and args.ignore_eos:
-        raise ConfigError("with --follow, an answer must end: leave --ignore-eos or -m -1 out")
+    known = {"offset", "mark", "head", "answering"}
+    if not known - {"head"} <= place.keys() <= known or type(place["answering"]) is not bool:
+        raise ValueError(place)
+    mark, head = (bytes.fromhex(place.get(name, "")) for name in ("mark", "head"))
+    if max(len(mark), len(head)) > MARK or len(mark) > natural(place["offset"]):
+        raise ValueError(place)
 
 
 class Follower:
@@ -85,14 +67,13 @@ class Follower:
         self._encoder = Encoder(runner.stream.tokenizer)
         saved = runner.place.get("follow")
         try:
-            self._tail = Tail(source, saved, terminal.warn)
-            answering = saved is not None and bool(saved["answering"])
-        except SinkError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError):
+            if saved is not None:
+                check_place(saved)
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise SessionError("the session's place in the followed file is damaged") from None
+        self._tail = Tail(source, saved, terminal.warn)
         self._began = saved is not None
-        self._place: dict[str, Any] = {"answering": answering}
+        self._place: dict[str, Any] = {"answering": saved is not None and saved["answering"]}
         runner.place["follow"] = self._place
         self._waiting: list[int] = []
 

@@ -11,8 +11,8 @@ from mlx_sink.commands.generate import resume as turns
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io import text as text_io
 from mlx_sink.models.load import DEMO
-from mlx_sink.stream.chat import Frame, frame, render, render_again
-from mlx_sink.stream.encode import Encoder
+from mlx_sink.stream.text.chat import Frame, frame, render, render_again
+from mlx_sink.stream.text.encode import Encoder
 
 
 class Asked:
@@ -104,7 +104,7 @@ def _text(args: argparse.Namespace, fresh: bool) -> str | None:
     if args.prompt == "-":
         return text_io.read(sys.stdin.buffer, "standard input")
     if args.prompt is not None:
-        return args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+        return args.prompt
     if not fresh:
         return None
     return "Once upon a time" if args.model == DEMO else "hello"

@@ -7,42 +7,18 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from mlx_sink.commands.generate.autosave import SAVE_EVERY, Runner
-from mlx_sink.commands.numbers import add_integer
-from mlx_sink.config import SinkConfig
-from mlx_sink.errors import ConfigError, SessionError, SinkError
+from mlx_sink.commands.generate.autosave import Runner
+from mlx_sink.commands.generate.follow import check_place
+from mlx_sink.commands.options import Parser, text_of
+from mlx_sink.errors import ConfigError, SessionError
 from mlx_sink.stream import session
 from mlx_sink.stream.loop import Progress
-from mlx_sink.stream.session import Described
+from mlx_sink.stream.session import Saved, natural
 
 OTHERS = ("seed", "stop", "extra_eos_token", "ignore_eos")
 """Options besides those of sampling on which the text depends."""
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    p.add_argument(
-        "--session",
-        metavar="FILE",
-        help="save everything here as it goes, and go on from it if it exists, exactly",
-    )
-    add_integer(
-        p,
-        "--save-every",
-        least=1,
-        default=SAVE_EVERY,
-        help="with --session: tokens between two saves",
-    )
-
-
-def given(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return the options that were given, without defaults."""
-    unset = object()
-    names = vars(p.parse_args([]))
-    parsed = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-    return {name: value for name, value in vars(parsed).items() if value is not unset}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -50,15 +26,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in OTHERS}
 
 
-def restore(
-    args: argparse.Namespace, stated: dict[str, Any], defaults: dict[str, Any]
-) -> Described | None:
-    """Read what the session says of itself, and put its settings into the arguments.
+def restore(args: argparse.Namespace, stated: dict[str, Any], parser: Parser) -> Saved | None:
+    """Read the session, and put the settings that it was made with into the arguments.
 
     Args:
         args: The parsed arguments; changed.
         stated: Those that were `given`.
-        defaults: What they are when not given.
+        parser: The command's.
 
     Returns:
         The session; ``None`` if there is no such file yet.
@@ -70,45 +44,63 @@ def restore(
     path = Path(args.session)
     if not path.exists():
         return None
-    found = session.described(path)
-    config, note, _ = found
-    made_with = note.get("settings", {})
-    _check(path, config, note, defaults)
+    saved = session.read(path)
+    made_with = _checked(saved, parser)
     for name, value in made_with.items():
         if stated.get(name, value) != value:
             _refuse(path, name, value, stated[name])
         setattr(args, name, value)
-    for name, value in config.items():
+    for name, value in saved.config.to_dict().items():
         pinned = name == "num_sinks" and args.pin_system_prompt
         if stated.get(name, value) != value and not pinned:
             _refuse(path, name, value, stated[name])
-    return found
+    return saved
 
 
-def _check(
-    path: Path, config: dict[str, Any], note: dict[str, Any], defaults: dict[str, Any]
-) -> None:
-    """Raise unless the note is one of ours: its sum says only that it is whole."""
-    made_with, place = note.get("settings", {}), note.get("place", {})
+def _checked(saved: Saved, parser: Parser) -> dict[str, Any]:
+    """Return the settings that a session was made with, of which a program's may have none.
+
+    Raises:
+        SessionError: They, or the place, are not what a command notes: the sum of the file says
+            only that it is whole.
+    """
     try:
-        SinkConfig.from_dict(config)
-        sound = all(_is_like(value, defaults[name]) for name, value in made_with.items())
-        counts = [place.get(name, 0) for name in ("read", "made", "written")]
-        sound &= all(type(n) is int and n >= 0 for n in counts)
-        turn = place.get("turn")
-        sound &= turn is None or (turn.keys() == _turn(None, False, False, 1).keys())
-    except (SinkError, KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise SessionError(f"session {str(path)!r} is not one of this command")
+        _check_place(saved.note.get("place", {}))
+        made_with = saved.note.get("settings", {})
+        return {name: parser.value_of(name, value) for name, value in made_with.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise SessionError(f"session {str(saved.path)!r} is not one of this command") from None
 
 
-def _is_like(value: object, default: object) -> bool:
-    if default is None:
-        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-    if isinstance(value, list):
-        return type(default) is list and all(isinstance(v, str) for v in cast("list[Any]", value))
-    return type(value) is type(default) or (type(default) is float and type(value) is int)
+def _check_place(place: dict[str, Any]) -> None:
+    """Raise some kind of error unless it is what `Runner` notes, and its commands with it."""
+    checks: dict[str, Callable[[Any], object]] = {
+        **dict.fromkeys(("read", "made", "written"), natural),
+        "ended": _check_flag,
+        "turn": _check_turn,
+        "follow": check_place,
+    }
+    for name, value in place.items():
+        checks[name](value)
+
+
+def _check_turn(turn: dict[str, Any]) -> None:
+    """Raise some kind of error unless it is a `_turn`."""
+    checks: dict[str, Callable[[Any], object]] = {
+        "question": lambda value: value is None or text_of(value),
+        **dict.fromkeys(("first", "ended", "over"), _check_flag),
+        "max_tokens": lambda value: value == -1 or natural(value),
+        "total": natural,
+    }
+    if turn.keys() != checks.keys():
+        raise ValueError(turn)
+    for name, value in turn.items():
+        checks[name](value)
+
+
+def _check_flag(value: object) -> None:
+    if type(value) is not bool:
+        raise ValueError(value)
 
 
 def _refuse(path: Path, name: str, made_with: object, stated: object) -> None:

@@ -8,41 +8,9 @@ from typing import Any, cast
 
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_sink.commands.numbers import add_integer, add_real
+from mlx_sink.commands.generate.options import PENALTIES
 from mlx_sink.errors import ConfigError
 from mlx_sink.stream.sampler import Sampling, never
-
-CONTEXT = 20
-"""Newest tokens that a penalty looks at unless stated, as in mlx-lm."""
-
-PENALTIES = {
-    "repetition": "logits of tokens that came up are divided by this",
-    "presence": "taken from the logits of tokens that came up",
-    "frequency": "taken from the logits of tokens for each time they came up",
-}
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    usual = "0; 0.7 for the demo model"
-    add_real(p, "--temp", least=0, usual=usual, help="sampling temperature")
-    add_real(p, "--top-p", least=0, most=1, default=1, help="sampling top-p")
-    add_real(p, "--min-p", least=0, most=1, default=0, help="sampling min-p")
-    add_integer(p, "--top-k", least=0, default=0, help="sampling top-k, 0 for all")
-    add_integer(p, "--min-tokens-to-keep", least=1, default=1, help="least tokens for min-p")
-    add_real(p, "--xtc-probability", least=0, most=1, default=0, help="probability of XTC")
-    add_real(p, "--xtc-threshold", least=0, most=0.5, default=0.1, help="threshold of XTC")
-    for name, what in PENALTIES.items():
-        flag, is_factor = f"--{name}-penalty", name == "repetition"
-        least, most = (0, None) if is_factor else (-100, 100)
-        add_real(p, flag, least=least, most=most, above=is_factor, usual="none", help=what)
-        add_integer(
-            p,
-            f"--{name}-context-size",
-            least=1,
-            default=CONTEXT,
-            help=f"newest tokens that the {name} penalty looks at",
-        )
 
 
 def settings(args: argparse.Namespace, temp: float) -> dict[str, Any]:
@@ -70,12 +38,18 @@ def sampling(
         endless: No end-of-text token is ever chosen.
 
     Raises:
-        ConfigError: ``top_k`` is not below the size of the vocabulary.
+        ConfigError: ``top_k`` is not below the size of the vocabulary, or
+            ``min_tokens_to_keep`` above it.
     """
     values = dict(settings)
     if values["top_k"] >= vocabulary:
         raise ConfigError(
             f"--top-k must be below the vocabulary's {vocabulary}, got {values['top_k']}"
+        )
+    if values["min_tokens_to_keep"] > vocabulary:
+        raise ConfigError(
+            f"--min-tokens-to-keep must be at most the vocabulary's {vocabulary}, "
+            f"got {values['min_tokens_to_keep']}"
         )
     penalties = {
         f"{name}_{end}": values.pop(f"{name}_{end}")

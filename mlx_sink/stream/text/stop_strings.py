@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_sink.stream.detokenize import Detokenizer, check
+from mlx_sink.stream.text.detokenize import Detokenizer, check
 
 
 class StopStrings:

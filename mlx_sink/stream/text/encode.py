@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken
 
 from mlx_sink.errors import InputError
-from mlx_sink.stream.control import Control, control_of
+from mlx_sink.stream.text.control import Control, control_of
 
 SAMPLES = ("a", "the", "1", "A", ".")
 """Text before and after which the tokens that a tokenizer adds to every text are looked for."""

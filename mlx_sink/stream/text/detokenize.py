@@ -55,7 +55,11 @@ class Detokenizer(Protocol):
         ...
 
     def restore(self, state: list[Any]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`.
+
+        Raises:
+            ValueError: It is none. A state may come from anywhere.
+        """
         ...
 
 
@@ -136,10 +140,13 @@ def check(state: list[Any], *types: type) -> None:
     """Check what a saved state holds, which may come from anywhere.
 
     Raises:
-        ValueError: Its values are not of these types, one for each.
+        ValueError: Its values are not of these types, one for each, or a text is none.
     """
     if [type(value) for value in state] != list(types):
         raise ValueError(state)
+    for value in state:
+        if isinstance(value, str):
+            value.encode()  # half of a surrogate pair could not be shown
 
 
 class _Bytes:
@@ -313,5 +320,13 @@ class AnyTokenizer:
     def restore(self, state: list[Any]) -> None:
         """Go on from a `state`."""
         check(state, list, int)
-        check(state[0], *[int] * len(state[0]))
-        self._tokens, self._said = state
+        tokens, said = list(state[0]), state[1]
+        check(tokens, *[int] * len(tokens))
+        if said < 0 or len(tokens) > 5 * LINE:
+            raise ValueError(said)
+        try:
+            self._decode(tokens)
+        except Exception as error:
+            # Tokenizers differ in what they raise for a token that they do not have.
+            raise ValueError(tokens) from error
+        self._tokens, self._said = tokens, said

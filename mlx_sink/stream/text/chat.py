@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mlx_sink.errors import InputError
-from mlx_sink.stream.encode import Encoder, Piece
-from mlx_sink.stream.template import Message, Template
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.template import Message, Template
 
 
 class Prompt(NamedTuple):

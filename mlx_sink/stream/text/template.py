@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 from mlx_sink.errors import InputError
-from mlx_sink.stream.encode import Encoder, Piece
+from mlx_sink.stream.text.encode import Encoder, Piece
 
 MARKS = "".join(map(chr, range(0x10F000, 0x10F100)))
 """Private characters: two that nobody has written stand around control words that were said."""
