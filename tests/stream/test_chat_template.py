@@ -9,7 +9,7 @@ import pytest
 from odd_tokenizers import fast
 
 from mlx_sink import InputError
-from mlx_sink.stream.chat import frame, render, render_again
+from mlx_sink.stream.text.chat import frame, render, render_again
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
 TAIL = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_sink.commands.generate.command import main
 from mlx_sink.models import demo
-from mlx_sink.stream import detokenize
-from mlx_sink.stream.detokenize import AnyTokenizer, ByteLevel, SentencePiece, detokenizer_for
+from mlx_sink.stream.text import detokenize
+from mlx_sink.stream.text.detokenize import AnyTokenizer, ByteLevel, SentencePiece, detokenizer_for
 
 SPM = [
     decoders.Replace("▁", " "),
