@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from threading import Event
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,16 +15,19 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sink.config import NUM_DRAFT_TOKENS, PREFILL_STEP
-from mlx_sink.errors import InputError, SessionError
+from mlx_sink.errors import InputError
 from mlx_sink.models.attach import make_cache
-from mlx_sink.stream import session
-from mlx_sink.stream.detokenize import detokenizer_for
-from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wired
-from mlx_sink.stream.randomness import fresh_key
-from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, greedy
+from mlx_sink.stream import checks, session
+from mlx_sink.stream.answer import Answer, hidden_tokens, response
+from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet
+from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, fresh_key, greedy
 from mlx_sink.stream.session import Saved
-from mlx_sink.stream.speculative import Draft, check_caches
-from mlx_sink.stream.text import Text
+from mlx_sink.stream.speculative import draft_over
+from mlx_sink.stream.text.detokenize import detokenizer_for
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.stop_strings import ShownText
+from mlx_sink.stream.text.tokens import token_ids
+from mlx_sink.stream.wired import wired
 
 
 class Stream:
@@ -62,11 +66,10 @@ class Stream:
         draft_model: nn.Module | None = None,
         num_draft_tokens: int = NUM_DRAFT_TOKENS,
     ):
-        if penalty_window < 1:
-            raise InputError(f"penalty_window must be at least 1, got {penalty_window}")
+        checks.integer("penalty_window", penalty_window, 1)
         caches: list[Any] = list(make_cache(model))
         key = fresh_key(seed)
-        draft = _draft(caches, draft_model, num_draft_tokens)
+        draft = draft_over(caches, draft_model, num_draft_tokens)
         loop = Loop(model, caches, key=key, penalty_window=penalty_window, draft=draft)
         self._begin(loop, tokenizer)
 
@@ -77,18 +80,15 @@ class Stream:
         self.tokenizer: Any = tokenizer if wrapped else TokenizerWrapper(tokenizer)
         self.note: dict[str, Any] = {}
         self._whose: dict[str, str] | None = None
-        self._text: Text | None = None
-        self._turn = 0
+        self._text: ShownText | None = None
+        self._generation = 0
         self._cancelled = Event()
         self._read = 0
         self._reading_s = 0.0
 
     @classmethod
     def over(cls, model: nn.Module, tokenizer: Any, caches: list[Any]) -> Stream:
-        """Return a stream over given caches, which draws from MLX's own random state.
-
-        This is what mlx-lm's functions do; a stream of its own is more often wanted.
-        """
+        """Return a stream over given caches, which draws from MLX's own random state."""
         stream = cls.__new__(cls)
         stream._begin(Loop(model, caches, key=None), tokenizer)
         return stream
@@ -119,20 +119,13 @@ class Stream:
         stream = cls.__new__(cls)
         saved = path if isinstance(path, Saved) else session.read(Path(path))
         whose = session.fingerprint(model, tokenizer)
-        restored = session.resume(saved, model, whose)
-        loop = restored.loop
-        loop.draft = _draft(loop.caches, draft_model, num_draft_tokens)
+        loop = session.resume(saved, model, whose)
+        loop.draft = draft_over(loop.caches, draft_model, num_draft_tokens)
         if loop.draft and loop.recent:
             loop.draft.read(list(loop.recent))
         stream._begin(loop, tokenizer)
-        stream._whose, stream.note = whose, restored.note
-        if restored.text is not None:
-            try:
-                fresh = detokenizer_for(stream.tokenizer)
-                stream._text = Text.restored(fresh, restored.text)
-            except (TypeError, ValueError):
-                name = repr(str(saved.path))
-                raise SessionError(f"session {name} does not fit the tokenizer") from None
+        stream._whose, stream.note = whose, deepcopy(saved.note)
+        stream._text = session.open_text(saved, stream.tokenizer)
         return stream
 
     def save(self, path: str | Path, note: Mapping[str, Any] | None = None) -> None:
@@ -168,7 +161,7 @@ class Stream:
         fork._begin(self._loop.fork(), self.tokenizer)
         fork.note, fork._whose = dict(self.note), self._whose
         if self._text is not None:
-            fork._text = Text.restored(detokenizer_for(self.tokenizer), self._text.state())
+            fork._text = ShownText.restored(detokenizer_for(self.tokenizer), self._text.state())
         return fork
 
     @property
@@ -189,29 +182,34 @@ class Stream:
     @property
     def nbytes(self) -> int:
         """Bytes of the caches, the draft model's included."""
-        draft = self._loop.draft
-        caches = [*self.caches, *(draft.caches if draft else [])]
-        return sum(cache.nbytes for cache in caches)
+        return self._loop.nbytes
 
     @property
     def drafted(self) -> tuple[int, int]:
         """Tokens that the draft model has guessed so far, and how many of them were right."""
-        draft = self._loop.draft
-        return (draft.guessed, draft.right) if draft else (0, 0)
+        return self._loop.drafted
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the tokens that `feed` reads for a text.
 
-        The tokenizer's special tokens go before the very first text only.
+        What the tokenizer puts before a text goes before the very first one only.
+
+        Args:
+            text: The text.
+            special: Control tokens such as ``<|im_end|>`` count in it, as in one that a chat
+                template has rendered. By default they are the text that they are: what comes
+                from a person or a file opens no turns.
+
+        Raises:
+            InputError: The tokenizer makes a control token of a text whatever is tried.
         """
-        bos = self.tokenizer.bos_token
-        first = self.position == 0 and (bos is None or not text.startswith(bos))
-        return list(self.tokenizer.encode(text, add_special_tokens=first))
+        return Encoder(self.tokenizer).encode(Piece(text, special), first=self.position == 0)
 
     def feed(
         self,
         text: str | Sequence[int] | mx.array,
         *,
+        special: bool = False,
         prefill_step_size: int = PREFILL_STEP,
         progress: Progress = quiet,
     ) -> int:
@@ -221,6 +219,7 @@ class Stream:
 
         Args:
             text: Text, which is encoded as is, or token ids.
+            special: As in `encode`.
             prefill_step_size: Tokens read at once.
             progress: Called between the chunks with the tokens read so far and all of them.
 
@@ -228,15 +227,15 @@ class Stream:
             The tokens read; fewer than given only if `cancel` was called meanwhile.
 
         Raises:
-            InputError: There is nothing to read.
+            InputError: There is nothing to read, or a token is not in the model's vocabulary.
         """
-        tokens = self._tokens(text)
+        ids = self.encode(text, special=special) if isinstance(text, str) else text
+        tokens = token_ids(ids, self._loop.vocabulary, self.tokenizer)
         if not tokens:
             raise InputError("the prompt is empty")
-        if prefill_step_size < 1:
-            raise InputError(f"prefill_step_size must be at least 1, got {prefill_step_size}")
+        checks.integer("prefill_step_size", prefill_step_size, 1)
         self._cancelled.clear()
-        self._turn += 1
+        self._generation += 1
         self._text = None
         began = time.perf_counter()
         with wired(self.model):
@@ -244,11 +243,6 @@ class Stream:
         self._read += read
         self._reading_s += time.perf_counter() - began
         return read
-
-    def _tokens(self, text: str | Sequence[int] | mx.array) -> list[int]:
-        if isinstance(text, str):
-            return self.encode(text)
-        return cast("list[int]", text.tolist()) if isinstance(text, mx.array) else list(text)
 
     def generate(
         self,
@@ -258,6 +252,7 @@ class Stream:
         logits_processors: Sequence[LogitsProcessor] = (),
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        show_special_tokens: bool = False,
         flush: bool = True,
     ) -> Iterator[GenerationResponse]:
         """Write on, piece by piece, from where the stream stands.
@@ -272,6 +267,8 @@ class Stream:
                 ``penalty_window`` tokens.
             stop: Strings that end the text; they are not part of it.
             ignore_eos: Go on after an end-of-text token.
+            show_special_tokens: Control tokens are part of the text, as with mlx-lm. By default
+                only those that a stop string names are.
             flush: When ``max_tokens`` is reached, hand out text that is held back (half a
                 character, what may begin a stop string). Without, the next `generate` goes on
                 with the same text, as if there had been no pause.
@@ -281,58 +278,42 @@ class Stream:
             `cancel` there are no more.
 
         Raises:
-            InputError: ``max_tokens`` is out of range.
+            InputError: ``max_tokens`` is out of range, or an argument is of another type.
             CacheError: Nothing was read yet.
         """
-        if max_tokens == 0 or max_tokens < -1:
-            raise InputError(f"max_tokens must be positive, or -1 for no limit, got {max_tokens}")
+        checks.integer("max_tokens", max_tokens, 1, besides=-1)
+        stop = checks.strings("stop", stop)
+        processors = checks.functions("logits_processors", logits_processors)
         self._cancelled.clear()
-        self._turn += 1
-        if self._text is None or self._text.stops != tuple(stop):
-            self._text = Text(detokenizer_for(self.tokenizer), stop)
-        tokens = self._loop.tokens(Sampling(sampler, tuple(logits_processors)))
-        return self._responses(tokens, self._text, max_tokens, ignore_eos, flush)
+        self._generation += 1
+        if self._text is None or self._text.stops != stop:
+            self._text = ShownText(detokenizer_for(self.tokenizer), stop)
+        answer = Answer(
+            self._text,
+            frozenset[int]() if ignore_eos else frozenset(self.tokenizer.eos_token_ids),
+            frozenset[int]() if show_special_tokens else hidden_tokens(self.tokenizer, stop),
+            max_tokens,
+            flush,
+        )
+        return self._responses(self._loop.tokens(Sampling(sampler, processors)), answer)
 
-    def _responses(
-        self,
-        tokens: Iterator[Made],
-        text: Text,
-        max_tokens: int,
-        ignore_eos: bool,
-        flush: bool,
-    ) -> Iterator[GenerationResponse]:
+    def _responses(self, tokens: Iterator[Made], answer: Answer) -> Iterator[GenerationResponse]:
         """Turn tokens into text until one of the reasons to stop comes up."""
-        turn, n, reason = self._turn, 0, None
-        read, tps = self._read, self._read / max(self._reading_s, 1e-9)
+        generation, n, reason = self._generation, 0, None
+        read = self._read, self._read / max(self._reading_s, 1e-9)
         self._read, self._reading_s = 0, 0.0
         began = time.perf_counter()
         with wired(self.model):
             try:
                 while not reason and not self._cancelled.is_set():
-                    if turn != self._turn:
+                    if generation != self._generation:
                         raise InputError("the stream has moved on since: this answer is over")
-                    token, logprobs, from_draft = next(tokens)
+                    made = next(tokens)
                     n += 1
-                    ended = token in self.tokenizer.eos_token_ids and not ignore_eos
-                    shown = "" if ended else text.feed(token)
-                    full = n == max_tokens
-                    reason = "stop" if ended or text.stopped else "length" if full else None
-                    if not text.stopped and (ended or (full and flush)):
-                        shown += text.finish()
-                    if reason == "stop" or (full and flush):
+                    shown, reason = answer.take(made.token, n)
+                    if reason == "stop" or (reason and answer.flush):
                         self._text = None
-                    yield GenerationResponse(
-                        text=shown,
-                        token=token,
-                        logprobs=logprobs,
-                        from_draft=from_draft,
-                        prompt_tokens=read,
-                        prompt_tps=tps,
-                        generation_tokens=n,
-                        generation_tps=n / max(time.perf_counter() - began, 1e-9),
-                        peak_memory=mx.get_peak_memory() / 1e9,
-                        finish_reason=reason,
-                    )
+                    yield response(shown, made, n, reason, read, began)
             finally:
                 self._loop.settle()
 
@@ -350,8 +331,8 @@ class Stream:
         Raises:
             CacheError: More than can be taken back; nothing has changed then.
         """
-        self._turn += 1
-        self._loop.rollback(n)
+        self._generation += 1
+        self._loop.rollback(checks.integer("n", n, 0))
         self._text = None
 
     def flush(self) -> str:
@@ -366,13 +347,3 @@ class Stream:
         and can be fed and gone on with. When nothing runs, nothing happens.
         """
         self._cancelled.set()
-
-
-def _draft(caches: list[Any], draft_model: nn.Module | None, n: int) -> Draft | None:
-    """Return the draft of a stream over some caches, if it is to have one."""
-    if draft_model is None:
-        return None
-    of_draft: list[Any] = list(make_cache(draft_model))
-    check_caches(caches, n, "model")
-    check_caches(of_draft, n, "draft model")
-    return Draft(draft_model, of_draft, n)

@@ -26,7 +26,7 @@ from mlx_sink.commands.convert import progress as writing
 from mlx_sink.commands.convert.command import PROG, main
 from mlx_sink.commands.convert.convert import Recipe, Text, convert
 from mlx_sink.io import atomic
-from mlx_sink.models import checkpoint
+from mlx_sink.models.checkpoints import checkpoint
 
 WORDS = "the cat and the dog went to the sea and the cat sat down. "
 
@@ -281,7 +281,7 @@ def test_the_sample_text_is_the_default(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    module = sys.modules["mlx_sink.commands.convert.convert"]
+    module = sys.modules["mlx_sink.commands.convert.command"]
     monkeypatch.setattr(module, "sample_text", lambda: WORDS * 20)
     argv = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "made"), "--calibrate"]
     assert main(argv) == 0

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from every import tiny
 
-from mlx_sink.measure.methods import full_caches, nbytes, rotating_caches
+from mlx_sink.measure.comparison.methods import full_caches, nbytes, rotating_caches
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon_h1", "longcat_flash", "deepseek_v32"])

@@ -100,7 +100,7 @@ def test_groups_between_saving_copying_and_drafting(name: str, tmp_path: Path):
     loop = loop_of(model, tokens)
     loop.read(wrong[0].tolist())
     session.save(tmp_path / "s", loop, None, WHOSE, {})
-    resumed = session.resume(session.read(tmp_path / "s"), model, WHOSE).loop
+    resumed = session.resume(session.read(tmp_path / "s"), model, WHOSE)
     for other in (resumed, loop.fork(), loop):
         assert other.spare == R
         other.rollback(R)

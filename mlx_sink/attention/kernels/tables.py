@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_sink.attention.ring import Block, KeyRange, Layout, Turn
+from mlx_sink.attention.layout import Block, KeyRange, Layout
+from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
 
@@ -70,7 +71,7 @@ def decode_tables(
         layout: The call.
         block: Its queries.
         rotation: The layer's rotary embedding.
-        packed: No range is to have sinks and others: they are held in different arrays.
+        packed: No range is to have sinks and others: they lie in different arrays.
 
     Raises:
         KernelError: More queries or ranges than the kernel serves.

@@ -24,15 +24,20 @@ from mlx_sink.io import terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
-from mlx_sink.measure import comparison_file, losses, methods, needles
-from mlx_sink.measure.comparison import Comparison, ComparisonSettings
+from mlx_sink.measure import losses
+from mlx_sink.measure.comparison import file as comparison_file
+from mlx_sink.measure.comparison import methods, needles
+from mlx_sink.measure.comparison.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
+from mlx_sink.measure.comparison.run import Comparison, ComparisonSettings
 from mlx_sink.measure.machine import as_json, machine
-from mlx_sink.measure.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
-from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoints import settings as own_settings
 from mlx_sink.models.lazy import weight_bytes
 from mlx_sink.models.load import load_unattached
+from mlx_sink.models.vocabulary import vocabulary
 from mlx_sink.stream.session import fingerprint
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.tokens import token_ids
 
 PROG = program("compare")
 DESCRIPTION = (
@@ -137,6 +142,7 @@ class _Run:
         )
         self.model = model
         config, _ = own_settings.apply(own, context, args.num_sinks, args.window)
+        self._encoder, self._vocabulary = Encoder(self.tokenizer), vocabulary(model)
         ids = self.encode(text)
         self.inputs, targets = losses.cut(ids, self.tokenizer.bos_token_id)
         here = machine()
@@ -174,7 +180,9 @@ class _Run:
         self._saved = time.monotonic()
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Return the tokens of a text, in which no word is a control token."""
+        ids = self._encoder.encode(Piece(text))
+        return token_ids(ids, self._vocabulary, self.tokenizer)
 
     def go(self) -> None:
         """Run to the end, and leave the results and the page."""
@@ -260,7 +268,8 @@ def write(output: Path, results: Sequence[Results]) -> None:
     if len(results) == 1:
         write_whole(_with(output, ".json"), (as_json(results[0].to_dict(), 1) + "\n").encode())
     write_whole(_with(output, ".html"), page.page(results).encode())
-    plots.save(page.picture(results), _with(output, ".png"))
+    if plots.is_available():
+        plots.save(page.picture(results), _with(output, ".png"))
 
 
 def _with(path: Path, suffix: str) -> Path:
@@ -271,18 +280,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(argv)
-    plots.check()
+    if not plots.is_available():
+        terminal.warn(
+            f"without matplotlib there are no plots ({plots.INSTALL}): tables in "
+            f"{_with(args.output, '.html').name}, figures in {_with(args.output, '.json').name}"
+        )
     if args.results:
         write(args.output, [read_results(path) for path in args.results])
     elif args.text is None:
         raise ConfigError("--text names the text to compare on; or give --from results")
     else:
-        for name in ("prefill_step_size", "samples"):
-            if getattr(args, name) < 1:
-                option = "--" + name.replace("_", "-")
-                raise ConfigError(f"{option} must be at least 1, got {getattr(args, name)}")
-        if args.trials < 0 or args.arm_minutes <= 0:
-            raise ConfigError("--trials must be at least 0, and --arm-minutes more than 0")
         _Run(args, argv).go()
     terminal.write(f"{_with(args.output, '.html')}\n")
     return 0

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
@@ -23,15 +23,13 @@ from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import atomic, terminal
 from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
-from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
-from mlx_sink.models.checkpoint import Checkpoint
-from mlx_sink.models.lazy import parameters, weight_bytes
-from mlx_sink.models.load import by_mlx_lm, find, is_remote, load_unattached
+from mlx_sink.models.checkpoints import checkpoint, settings
+from mlx_sink.models.checkpoints.checkpoint import Checkpoint
+from mlx_sink.models.checkpoints.settings import Settings
+from mlx_sink.models.lazy import parameters, set_parameters, weight_bytes
+from mlx_sink.models.load import by_mlx_lm, find_checkpoint, load_unattached, repository_of
 from mlx_sink.models.report import Report
-from mlx_sink.models.settings import Settings
-
-_utils = cast("Any", mlx_lm_utils)
 
 
 class Text(NamedTuple):
@@ -110,14 +108,10 @@ def convert(
     """
     start = time.perf_counter()
     target, recipe = _target(Path(mlx_path)), recipe or Recipe()
-    source = checkpoint.check(find(str(hf_path), revision))
+    source = find_checkpoint(str(hf_path), revision)
     # Lazily: shapes and types are known, no weight is read yet.
     model, tokenizer, config = by_mlx_lm(
-        str(hf_path),
-        source.path,
-        lazy=True,
-        model_config=checkpoint.for_mlx_lm(source.config),
-        trust_remote_code=trust_remote_code,
+        str(hf_path), source, lazy=True, trust_remote_code=trust_remote_code
     )
     own = Settings.of(config)
     context = checkpoint.trained_context(config)
@@ -126,7 +120,7 @@ def convert(
     if calibrate_on is not None:
         read(tokenizer, calibrate_on.text)  # a text that is too short is better refused now
     nbytes = weight_bytes(model)
-    shards = len(_utils.make_shards(dict(parameters(model))))
+    shards = len(mlx_lm_utils.make_shards(dict(parameters(model))))
     _check_room(target, nbytes, source)
     calibration = None
     try:
@@ -134,8 +128,8 @@ def convert(
             with writing.progress(folder, nbytes, shards):
                 _save(folder, source, model, tokenizer, config)
             del model
-            if is_remote(str(hf_path)):
-                _write_card(folder, str(hf_path))
+            if repository := repository_of(str(hf_path)):
+                _write_card(folder, repository)
             checkpoint.check(folder)
             if calibrate_on is not None:
                 calibration, report = _calibrated(folder, calibrate_on, trust_remote_code)
@@ -160,8 +154,11 @@ def _target(path: Path) -> Path:
 def _report(model: nn.Module, own: Settings, context: int | None) -> Report:
     """Make sure that the model will stream before anything is written."""
     config, sources = settings.apply(own, context)
+    # A forward pass may change weights: Gemma 3n's clips some, in float32.
+    weights = parameters(model)
     report = replace(attach(model, config), sources=sources)
     detach(model)
+    set_parameters(model, weights)
     return report
 
 
@@ -187,7 +184,7 @@ def _save(
     folder: Path, source: Checkpoint, model: nn.Module, tokenizer: Any, config: dict[str, Any]
 ) -> None:
     try:
-        _utils.save(folder, str(source.path), model, tokenizer, config)
+        mlx_lm_utils.save(folder, str(source.path), model, tokenizer, config)
     except RuntimeError as error:
         # What MLX raises when it cannot write.
         raise OSError(None, one_line(error)) from None
@@ -196,15 +193,15 @@ def _save(
 def _write_card(folder: Path, name: str) -> None:
     """Give a model from the hub the card that mlx-lm would, so that its licence goes along."""
     try:
-        _utils.create_model_card(folder, name)
+        mlx_lm_utils.create_model_card(folder, name)
     except Exception as error:  # whatever the hub or the network raises; a card can wait
         terminal.say(f"the model card was not copied: {one_line(error)}")
 
 
 def _calibrated(folder: Path, on: Text, trust: bool) -> tuple[Calibration, Report]:
-    """Measure the model as it was written, and write down what was found."""
+    """Measure the model as it was written, and write the settings and figures to its folder."""
     loaded = load_unattached(folder, trust_remote_code=trust)
-    found = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
-    for message in write_calibration(folder, found, on.name):
+    calibration = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
+    for message in write_calibration(folder, calibration, on.name):
         terminal.say(message)
-    return found, _report(loaded.model, found.settings, loaded.context)
+    return calibration, _report(loaded.model, calibration.settings, loaded.context)
