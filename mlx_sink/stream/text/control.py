@@ -40,8 +40,9 @@ def control_of(tokenizer: Any) -> Control:
     source, conversation = _template(tokenizer), _conversation(tokenizer)
     thoughts = (getattr(tokenizer, name, None) for name in ("think_start", "think_end"))
     text = {word for word in thoughts if word}
-    ends = cast("Iterable[int]", getattr(tokenizer, "eos_token_ids", ()))
-    words, hidden = dict(special), {*special.values(), *ends}
+    ends = cast("set[int] | int | None", getattr(tokenizer, "eos_token_ids", None))
+    words, hidden = dict(special), set(special.values())
+    hidden |= {ends} if isinstance(ends, int) else set(ends or ())
     for i, token in added.items():
         word = str(token)
         if word in special or word in text or not _may_control(word):
