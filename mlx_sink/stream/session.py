@@ -234,9 +234,8 @@ def _restored(model: nn.Module, saved: Saved) -> Loop:
     loop.position = saved.position
     loop.recent.extend(natural(token, loop.vocabulary) for token in saved.recent)
     logits = arrays.get("logits")
-    if expected.shape[-1] > loop.vocabulary:
-        expected = expected[:, : loop.vocabulary]
-    if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, expected.shape):
+    width = min(expected.shape[-1], loop.vocabulary)
+    if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, (1, width)):
         raise ValueError(logits.shape)
     loop.logits = logits
     _check_step(loop, expected)
