@@ -258,7 +258,7 @@ def test_a_session_with_tokens_of_another_vocabulary(loaded: tuple[Any, Any], tm
         if fits:
             Stream.resume(tmp_path / "t", model, loaded[1])
         else:
-            with pytest.raises(SessionError, match="does not fit the model|that no stream has"):
+            with pytest.raises(SessionError, match=r"does not fit the model|that no stream has"):
                 Stream.resume(tmp_path / "t", model, loaded[1])
 
 
