@@ -21,8 +21,9 @@ from mlx_sink.attention.ring import Ring
 from mlx_sink.cache.group import leaves
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, SessionError
+from mlx_sink.io import lock
 from mlx_sink.io import tensors as store
-from mlx_sink.io.tensors import pack, unpack
+from mlx_sink.io.tensors import Known, pack, unpack
 from mlx_sink.models.attach import make_cache
 from mlx_sink.models.lazy import parameters
 from mlx_sink.stream.loop import Loop
@@ -53,6 +54,7 @@ class Saved:
         text: The state of the text that was open, or ``None``.
         note: What the saver noted; of that only the saver knows what is right.
         arrays: The tensors, by the names in ``caches``.
+        known: The sum of the file.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class Saved:
     text: list[Any] | None
     note: dict[str, Any]
     arrays: dict[str, mx.array]
+    known: Known
 
 
 class Restored(NamedTuple):
@@ -108,6 +111,7 @@ def save(
     text: list[Any] | None,
     whose: dict[str, str],
     note: Mapping[str, Any],
+    known: Known | None = None,
 ) -> None:
     """Write a session; see `store.write`.
 
@@ -117,10 +121,12 @@ def save(
         text: The state of the text that is open.
         whose: The `fingerprint`.
         note: Anything else, JSON-ready.
+        known: The files that the stream was saved to, or resumed from.
 
     Raises:
         CacheError: The stream draws from MLX's own random state, which is not its to save.
-        OutputError: It cannot be written.
+        OutputError: It cannot be written, or another process is at it.
+        SessionError: Another stream has been saved there meanwhile.
     """
     if loop.key is None:
         raise CacheError("a stream over MLX's own random state cannot be saved: use Stream(...)")
@@ -142,7 +148,8 @@ def save(
             "text": text,
             "note": dict(note),
         }
-        store.write(path, held, arrays)
+        with lock.holding(path, f"session {str(path)!r}", nested=True):
+            store.write(path, held, arrays, known)
 
 
 def read(path: Path) -> Saved:
@@ -151,14 +158,14 @@ def read(path: Path) -> Saved:
     Raises:
         SessionError: The file is unsound, or a value in it is not what was saved.
     """
-    held, arrays = store.read(path)
+    held, arrays, known = store.read_known(path)
     try:
-        return _saved(path, held, arrays)
+        return _saved(path, held, arrays, known)
     except _UNFIT:
         raise SessionError(f"session {str(path)!r} holds values that no stream has") from None
 
 
-def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array]) -> Saved:
+def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array], known: Known) -> Saved:
     """Check values one by one; any that is wrong raises some kind of error."""
     config = SinkConfig.from_dict(held["config"])
     position = natural(held["position"])
@@ -170,7 +177,8 @@ def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array]) -> Sav
     caches = [(_of(str, name), packed) for name, packed in _of(list, held["caches"])]
     text = None if held["text"] is None else _of(list, held["text"])
     note = _of(dict, held["note"])
-    return Saved(path, whose, config, position, recent, window, caches, text, note, arrays)
+    values = whose, config, position, recent, window, caches, text, note, arrays
+    return Saved(path, *values, known)
 
 
 def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Restored:

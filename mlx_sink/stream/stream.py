@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sink.config import NUM_DRAFT_TOKENS, PREFILL_STEP
 from mlx_sink.errors import InputError, SessionError
+from mlx_sink.io.tensors import Known
 from mlx_sink.models.attach import make_cache
 from mlx_sink.stream import session
 from mlx_sink.stream.detokenize import detokenizer_for
@@ -77,6 +78,7 @@ class Stream:
         self.tokenizer: Any = tokenizer if wrapped else TokenizerWrapper(tokenizer)
         self.note: dict[str, Any] = {}
         self._whose: dict[str, str] | None = None
+        self._known: Known = {}
         self._text: Text | None = None
         self._turn = 0
         self._cancelled = Event()
@@ -125,7 +127,7 @@ class Stream:
         if loop.draft and loop.recent:
             loop.draft.read(list(loop.recent))
         stream._begin(loop, tokenizer)
-        stream._whose, stream.note = whose, restored.note
+        stream._whose, stream.note, stream._known = whose, restored.note, dict(saved.known)
         if restored.text is not None:
             try:
                 fresh = detokenizer_for(stream.tokenizer)
@@ -146,14 +148,17 @@ class Stream:
             note: Anything JSON-ready to keep with it, found in `note` after `resume`.
 
         Raises:
-            OutputError: It cannot be written; the file before is as it was.
+            OutputError: It cannot be written, or another process is at it; the file before is
+                as it was.
+            SessionError: Another stream has been saved there since this one was saved there or
+                resumed from it: what that one holds would be lost.
             CacheError: The stream is in the middle of a step of another thread.
         """
         self.note = dict(self.note if note is None else note)
         if self._whose is None:
             self._whose = session.fingerprint(self.model, self.tokenizer)
         text = self._text.state() if self._text else None
-        session.save(Path(path), self._loop, text, self._whose, self.note)
+        session.save(Path(path), self._loop, text, self._whose, self.note, self._known)
 
     def fork(self) -> Stream:
         """Return an independent copy, which goes on as this one would.
@@ -166,7 +171,7 @@ class Stream:
         """
         fork = type(self).__new__(type(self))
         fork._begin(self._loop.fork(), self.tokenizer)
-        fork.note, fork._whose = dict(self.note), self._whose
+        fork.note, fork._whose, fork._known = dict(self.note), self._whose, dict(self._known)
         if self._text is not None:
             fork._text = Text.restored(detokenizer_for(self.tokenizer), self._text.state())
         return fork

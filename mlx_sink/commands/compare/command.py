@@ -20,7 +20,7 @@ from mlx_sink.commands.compare import page
 from mlx_sink.commands.numbers import add_integer, add_real
 from mlx_sink.commands.options import Parser, add_model_options, add_sink_options, program
 from mlx_sink.errors import ConfigError, InputError
-from mlx_sink.io import terminal
+from mlx_sink.io import lock, terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
@@ -272,17 +272,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(argv)
     plots.check()
-    if args.results:
-        write(args.output, [read_results(path) for path in args.results])
-    elif args.text is None:
+    if not args.results and args.text is None:
         raise ConfigError("--text names the text to compare on; or give --from results")
-    else:
-        for name in ("prefill_step_size", "samples"):
-            if getattr(args, name) < 1:
-                option = "--" + name.replace("_", "-")
-                raise ConfigError(f"{option} must be at least 1, got {getattr(args, name)}")
-        if args.trials < 0 or args.arm_minutes <= 0:
-            raise ConfigError("--trials must be at least 0, and --arm-minutes more than 0")
-        _Run(args, argv).go()
+    with lock.holding(args.output, f"comparison {str(args.output)!r}", warn=terminal.warn):
+        if args.results:
+            write(args.output, [read_results(path) for path in args.results])
+        else:
+            _Run(args, argv).go()
     terminal.write(f"{_with(args.output, '.html')}\n")
     return 0

@@ -261,12 +261,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     _check(args)
-    run = _Run(args, turns.given(parser(), argv))
-    with terminal.Interrupt() as interrupt:
-        try:
-            run.go(interrupt)
-        finally:
-            run.close()
+    with turns.locked(args):
+        run = _Run(args, turns.given(parser(), argv))
+        with terminal.Interrupt() as interrupt:
+            try:
+                run.go(interrupt)
+            finally:
+                run.close()
     statistics = run.statistics()
     print(json.dumps(statistics) if args.json else summary(statistics, PROG), file=sys.stderr)
     ended = args.follow is not None and interrupt.status == terminal.STATUS_INTERRUPTED

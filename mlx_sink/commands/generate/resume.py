@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlx_sink.commands.generate.follow import check_place
 from mlx_sink.commands.numbers import add_integer
 from mlx_sink.commands.options import Parser, text_of
 from mlx_sink.errors import ConfigError, SessionError
+from mlx_sink.io import lock, terminal
 from mlx_sink.stream import session
 from mlx_sink.stream.loop import Progress
 from mlx_sink.stream.session import Saved, natural
@@ -36,6 +38,13 @@ def add_options(p: argparse.ArgumentParser) -> None:
         default=SAVE_EVERY,
         help="with --session: tokens between two saves",
     )
+
+
+def locked(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Return what keeps other processes off the session while the command runs."""
+    if args.session is None:
+        return nullcontext()
+    return lock.holding(Path(args.session), f"session {args.session!r}", warn=terminal.warn)
 
 
 def given(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
