@@ -88,7 +88,10 @@ RUNS_ON_A_CPU = re.compile(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is."""
+    """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is.
+
+    There `test_gpu` runs it.
+    """
     by_name = any("::" in argument for argument in config.args) or config.getoption("lf", False)
     if not by_name:  # Who asks for some tests of a file gets them.
         slow.mark(SLOW, items)

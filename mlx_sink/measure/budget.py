@@ -1,13 +1,12 @@
-"""The largest window that a number of bytes has room for.
+"""The largest window that fits into a number of bytes.
 
-What counts is what MLX holds at the most at one time: the weights, the full caches, and the
-workspace of the largest step. Python and its libraries come on top, some 100 MB.
+The bytes are those that MLX holds at its peak: the weights, the full caches, and the workspace of
+the largest step. Python and its libraries come on top, some 100 MB.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -41,11 +40,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Where a budget goes; ``print(plan)`` shows it.
+class Budget:
+    """How a number of bytes is spent; ``print(budget)`` shows it.
 
     Attributes:
-        limit: The budget, in bytes.
+        limit: The bytes there are.
         config: The largest context that fits.
         report: What each layer gets, for one sequence.
         weights: Bytes of the model.
@@ -66,7 +65,7 @@ class Plan:
         return self.weights + self.cache + self.workspace
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a JSON-ready dictionary."""
+        """Return the budget as a JSON-ready dictionary."""
         parts = {"weights": self.weights, "cache": self.cache, "workspace": self.workspace}
         return {"limit": self.limit, **parts, "total": self.total, "report": self.report.to_dict()}
 
@@ -90,20 +89,20 @@ def plan(
     context: int | None = None,
     batch: int = 1,
     prefill_step_size: int = PREFILL_STEP,
-) -> Plan:
+) -> Budget:
     """Find the largest window that fits, and attach the model with it.
 
     Args:
         model: A model from ``mlx_lm.load``; its weights count as they are.
         limit: Bytes that MLX may hold.
         config: Everything but the window; by default 4 sinks.
-        context: Positions the model was trained on, in tokens; those that its arguments say,
-            unless stated. (Not all of mlx-lm's do: config.json does.)
+        context: Positions the model was trained on, in tokens; by default what its ``args`` say.
+            Not every model of mlx-lm keeps them there; config.json has them.
         batch: Sequences that run together.
         prefill_step_size: Tokens read at once.
 
     Returns:
-        The plan; its `config` is what the model is attached with.
+        The budget; its `config` is what the model is attached with.
 
     Raises:
         ConfigError: No window fits, or the device has less memory than that.
@@ -122,65 +121,64 @@ def largest(
     context: int | None = None,
     batch: int = 1,
     prefill_step_size: int = PREFILL_STEP,
-) -> Plan:
-    """Do as `plan`, for a machine that need not be this one."""
+) -> Budget:
+    """Find the window as `plan` does, for a device that need not be this one."""
     base = config or SinkConfig(DEFAULT_NUM_SINKS, 1)
     weights = weight_bytes(model)
 
-    def of(window: int) -> Plan:
+    def of(window: int) -> Budget:
         sized = replace(base, window=window)
         report = attach(model, sized)
         room = batch * workspace(model, sized, report, prefill_step_size)
-        return Plan(limit, sized, report, weights, batch * report.nbytes, room)
+        return Budget(limit, sized, report, weights, batch * report.nbytes, room)
+
+    def fitting(window: int) -> Budget | None:
+        try:
+            budget = of(window)
+        except UnsupportedModelError:  # The model does not support a window this long.
+            return None
+        return budget if budget.total <= limit else None
 
     context = context or trained_context(getattr(model, "args", None)) or LONGEST
     smallest, most = of(1), max(1, context - base.num_sinks)
     if smallest.total > limit:
         raise ConfigError(_too_small(smallest, of(min(most, 1024)), limit))
-    best, too_large = smallest, most + 1
-
-    def try_out(window: int) -> None:
-        nonlocal best, too_large
-        try:
-            found = of(window)
-        except UnsupportedModelError:  # The model bears no window as long as that.
-            found = None
-        if found is not None and found.total <= limit:
-            best = found
-        else:
-            too_large = window
-
-    # Bytes grow with the window: halve the interval, unless all of the context fits.
-    try_out(most)
+    # Bytes grow with the window: try all of the context, then halve the interval.
+    best, too_large, window = smallest, most + 1, most
     while too_large - best.config.window > 1:
-        try_out((best.config.window + too_large) // 2)
+        budget = fitting(window)
+        if budget is None:
+            too_large = window
+        else:
+            best = budget
+        window = (best.config.window + too_large) // 2
     attach(model, best.config)
     return best
 
 
-def check(model: nn.Module, limit: int, config: SinkConfig, prefill_step_size: int) -> Plan:
+def check(model: nn.Module, limit: int, config: SinkConfig, prefill_step_size: int) -> Budget:
     """Attach a model with a given window, if it fits; arguments and errors as in `plan`."""
     _check_device(limit)
     report = attach(model, config)
     room = workspace(model, config, report, prefill_step_size)
-    found = Plan(limit, config, report, weight_bytes(model), report.nbytes, room)
-    if found.total > limit:
+    budget = Budget(limit, config, report, weight_bytes(model), report.nbytes, room)
+    if budget.total > limit:
         raise ConfigError(
             f"--memory {format_bytes(limit)} is not enough for a window of {config.window}: "
-            f"{format_bytes(found.total)} is ({_parts(found)})"
+            f"{format_bytes(budget.total)} is ({_parts(budget)})"
         )
-    return found
+    return budget
 
 
 def workspace(model: nn.Module, config: SinkConfig, report: Report, step: int) -> int:
     """Return the bytes that a step needs at the most besides weights and caches.
 
-    Counted from above for one sequence, and compared with what MLX held on a CPU: up to
-    `IN_FLIGHT` arrays of a block's scores; what the matrices of a layer make of a chunk, two and
-    a half times; the rows that the chunk attends to in the layer that holds most, three times;
-    and the logits of a token, eight times.
+    An upper bound for one sequence, compared with what MLX held on a CPU: up to `IN_FLIGHT` arrays
+    of a block's scores; the outputs of a layer's matrices for a chunk, two and a half times; the
+    rows that the chunk attends to in the layer that holds most, three times; and the logits of a
+    token, eight times.
     """
-    layers = cast("list[nn.Module]", cast("Any", model).layers)
+    layers = cast("list[nn.Module]", model.layers)
     size = max(_sizes(model))
     width = max((_outputs(layer) for layer in layers), default=0)
     row = max((layer.bytes_per_token for layer in report.layers), default=0)
@@ -199,16 +197,16 @@ def _sizes(model: nn.Module) -> set[int]:
 
 
 def _outputs(layer: nn.Module) -> int:
-    """Return how many numbers the matrices of a layer make of one token; all experts count."""
+    """Return how many outputs the matrices of a layer have for one token; all experts count."""
     matrices = [w for name, w in parameters(layer) if name.endswith("weight") and w.ndim > 1]
     return sum(w.size // w.shape[-1] for w in matrices)
 
 
 def _heads(layer: nn.Module) -> int:
     """Return the query heads of a layer; models call them by two names."""
-    modules = [module for _, module in cast("list[tuple[str, object]]", layer.named_modules())]
-    found = [getattr(module, name, 0) for module in modules for name in ("n_heads", "num_heads")]
-    return max(n for n in [1, *found] if isinstance(n, int))
+    modules = [module for _, module in layer.named_modules()]
+    counts = [getattr(module, name, 0) for module in modules for name in ("n_heads", "num_heads")]
+    return max(n for n in [1, *counts] if isinstance(n, int))
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -228,19 +226,18 @@ def _recommended() -> int | None:
     """Return the recommended working set of a Metal device, in bytes."""
     if not mx.metal.is_available():
         return None
-    info = cast("Callable[[], dict[str, Any]]", mx.device_info)()
-    most = info.get("max_recommended_working_set_size")
+    most = mx.device_info().get("max_recommended_working_set_size")
     return most if isinstance(most, int) else None
 
 
-def _parts(found: Plan) -> str:
+def _parts(budget: Budget) -> str:
     return (
-        f"weights {format_bytes(found.weights)}, cache {format_bytes(found.cache)}, "
-        f"workspace {format_bytes(found.workspace)}"
+        f"weights {format_bytes(budget.weights)}, cache {format_bytes(budget.cache)}, "
+        f"workspace {format_bytes(budget.workspace)}"
     )
 
 
-def _too_small(smallest: Plan, usual: Plan, limit: int) -> str:
+def _too_small(smallest: Budget, usual: Budget, limit: int) -> str:
     return (
         f"--memory {format_bytes(limit)} does not hold this model with any window: "
         f"{format_bytes(smallest.total)} holds a window of 1 ({_parts(smallest)}), "

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,8 +23,19 @@ from mlx_sink.models.layers import native_caches
 from mlx_sink.models.lazy import parameters, set_parameters
 
 VIEWS = frozenset(
-    {"AsType", "Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split"}
-    | {"Squeeze", "Transpose", "Unflatten", "View"}
+    {
+        "AsType",
+        "Broadcast",
+        "ExpandDims",
+        "Flatten",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unflatten",
+        "View",
+    }
 )
 """Operations that pass a parameter on without reading it."""
 
@@ -77,13 +88,12 @@ def step_of(model: nn.Module, caches: Sequence[Any], n: int) -> Step:
     def call(tokens: mx.array, *weights: mx.array) -> mx.array:
         paths = (path for path, _ in named)
         set_parameters(model, list(zip(paths, weights, strict=True)))
-        return cast("Any", model)(tokens, cache=list(caches))
+        return model(tokens, cache=list(caches))
 
     tokens = mx.zeros((1, n), mx.int32)
     try:
         with _plain_graph():
-            export = cast("Callable[..., None]", cast("Any", mx).export_function)
-            export(counter.note, call, tokens, *(a for _, a in named))
+            mx.export_function(counter.note, call, tokens, *(a for _, a in named))
     except ValueError as error:
         raise UnsupportedModelError(f"its work cannot be counted: {error}") from None
     finally:
@@ -95,9 +105,9 @@ def after(model: nn.Module, tokens: int) -> list[Any]:
     """Return mlx-lm's own caches as they are after so many tokens, with nothing computed."""
     caches = copy.deepcopy(native_caches(model))
     with _plain_graph():
-        cast("Any", model)(mx.zeros((1, tokens), mx.int32), cache=caches)
+        model(mx.zeros((1, tokens), mx.int32), cache=caches)
     for cache in _parts(caches):
-        cache.state = cast("Any", utils).tree_map(_blank, cache.state)
+        cache.state = utils.tree_map(_blank, cache.state)
     return caches
 
 

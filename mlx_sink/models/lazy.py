@@ -1,7 +1,7 @@
-"""A model built from its configuration alone: nothing of it is ever computed.
+"""A model built from its configuration alone, whose weights are never computed.
 
-MLX is lazy, so a model of any size costs little more than its list of layers, as long as nobody
-asks for the value of a weight.
+MLX is lazy: a model of any size costs little more than its list of layers, as long as no value of
+a weight is asked for.
 """
 
 from __future__ import annotations
@@ -146,18 +146,18 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
     mode = settings.get("mode", "affine")
     if mode not in MODES:
         raise ModelError(f"unknown quantization mode {mode!r}: expected one of {sorted(MODES)}")
-    odd = [
+    unknown = [
         key
         for key, value in settings.items()
         if key not in ("mode", "group_size", "bits") and not isinstance(value, dict | bool)
     ]
-    if odd:
-        raise ModelError(f"unknown field {odd[0]!r} in quantization")
-    usual: dict[str, Any] = {}
-    for key, default in zip(("group_size", "bits"), MODES[mode], strict=True):
-        usual[key] = settings.get(key, default)
-        if not isinstance(usual[key], int):
-            raise ModelError(f"quantization {key} must be an integer, got {usual[key]!r}")
+    if unknown:
+        raise ModelError(f"unknown field {unknown[0]!r} in quantization")
+    default: dict[str, Any] = {}
+    for key, usual in zip(("group_size", "bits"), MODES[mode], strict=True):
+        default[key] = settings.get(key, usual)
+        if not isinstance(default[key], int):
+            raise ModelError(f"quantization {key} must be an integer, got {default[key]!r}")
     by_default: Callable[[str, nn.Module], Any] = getattr(
         model, "quant_predicate", lambda path, module: True
     )
@@ -168,9 +168,9 @@ def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
         weight = getattr(module, "weight", None)
         if not hasattr(module, "to_quantized") or weight is None:
             return False
-        return weight.shape[-1] % usual["group_size"] == 0 and by_default(path, module)
+        return weight.shape[-1] % default["group_size"] == 0 and by_default(path, module)
 
     try:
-        nn.quantize(model, **usual, mode=mode, class_predicate=chosen)
+        nn.quantize(model, **default, mode=mode, class_predicate=chosen)
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"quantization {usual} cannot be used: {one_line(error)}") from None
+        raise ModelError(f"quantization {default} cannot be used: {one_line(error)}") from None

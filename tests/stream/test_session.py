@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from folder import make_folder
+from forgery import forged, places, signed
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
@@ -218,34 +219,6 @@ def test_other_safetensors(loaded: tuple[Any, Any], folder: Path, tmp_path: Path
 # Files that a damaged disk, or someone, changed.
 
 
-def signed(header: bytes, data: bytes) -> bytes:
-    """Put a file together whose sum is right, as only its maker could."""
-    import hashlib
-
-    whole = struct.pack("<Q", len(header)) + header + data
-    at, zeros = store.SUM_AT, store.NO_SUM
-    if len(header) < 100 or whole[8:at] != store.START:
-        return whole
-    whole = whole[:at] + zeros + whole[at + 64 :]
-    return whole[:at] + hashlib.sha256(whole).hexdigest().encode() + whole[at + 64 :]
-
-
-def parts(file: Path) -> tuple[dict[str, Any], bytes]:
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def forged(file: Path, change: Any) -> bytes:
-    """Change the header, or the session within it, and sign the result."""
-    header, data = parts(file)
-    session = json.loads(header["__metadata__"]["session"])
-    result = change(header, session)
-    data = result if isinstance(result, bytes) else data
-    header["__metadata__"]["session"] = json.dumps(session)
-    return signed(json.dumps(header, separators=(",", ":")).encode(), data)
-
-
 def tensor(header: dict[str, Any]) -> dict[str, Any]:
     return next(v for k, v in header.items() if k.startswith("cache.0"))
 
@@ -302,16 +275,6 @@ VALUES: list[Any] = [
     None, True, -1, 0, 1, 1.5, 1 << 31, 1 << 80, float("nan"), "", "x", "9" * 1000,
     [], [1], [[1]], [0] * 100, {}, {"a": 1}, {"array": "cache.0.0"}, {"tuple": []},
 ]  # fmt: skip
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the way to every value within a JSON value."""
-    items: list[Any] = []
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list):
-        items = list(enumerate(value))
-    return [path, *(place for key, item in items for place in places(item, (*path, key)))]
 
 
 def test_random_forgeries_are_refused_or_go_on(

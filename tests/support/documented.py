@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,7 +131,10 @@ def _program(words: list[str]) -> None:
         case ["scripts/demo", *arguments]:
             _parse(entry.command("generate").parser(), arguments)
         case ["scripts/test", *arguments]:
-            _flags(ROOT / "scripts" / "test", arguments)
+            script = ROOT / "scripts" / "test"
+            if not os.access(script, os.X_OK):
+                raise NotUnderstoodError(f"{script} cannot be run")
+            _flags(script, arguments, others=_pytest_help())
         case ["pip", "install", package]:
             _package(package)
         case _:
@@ -172,12 +179,19 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     return parser.parse_args(arguments)
 
 
-def _flags(program: Path, arguments: Sequence[str]) -> None:
-    """Raise unless each flag stands in a program's text."""
-    known = set(re.findall(r"--[\w-]+", text_of(program)))
-    for flag in (a for a in arguments if a.startswith("-")):
+def _flags(program: Path, arguments: Sequence[str], others: str = "") -> None:
+    """Raise unless each flag stands in a program's text, or in that of others that get them."""
+    known = set(re.findall(r"--[\w-]+", text_of(program) + others))
+    for flag in (a.partition("=")[0] for a in arguments if a.startswith("-")):
         if flag not in known:
             raise NotUnderstoodError(f"{program.name} knows no {flag}")
+
+
+@functools.cache
+def _pytest_help() -> str:
+    """Return pytest's options: what scripts/test does not know goes to it."""
+    command = [sys.executable, "-m", "pytest", "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _package(package: str) -> None:

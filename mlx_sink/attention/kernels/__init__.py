@@ -1,1 +1,1 @@
-"""Metal kernels: their text, how it is built, and one launcher a kernel."""
+"""Launchers of the kernels in ``metal/``, and when a kernel is trusted on a machine."""

@@ -1,8 +1,8 @@
-"""Decode attention over a sink ring as a Metal kernel: tables, checks, grid, launch.
+"""Decode attention over a sink ring as a Metal kernel: checks, grid, launch.
 
 The kernel's text, and what each of its threads owns, is in ``metal/decode.metal``. Nothing that
-changes from step to step is a constant of the text: it comes as tables, so that a model compiles
-one specialisation for each number of query rows.
+changes from step to step is a constant of the text: it comes in `tables`, so that a model compiles
+one variant for each number of query rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decode attention over a quantised ring, which the kernel reads as it is held.
+"""Decode attention over a quantised ring, as a Metal kernel that unpacks while it loads.
 
 The same text as `kernels.decode` but for where keys and values come from
 (``metal/decode_packed.metal``): a lane unpacks its elements as it loads them, in float32, and

@@ -1,4 +1,4 @@
-"""Prefill attention over a sink ring as a Metal kernel: tables, checks, grid, launch.
+"""Prefill attention over a sink ring as a Metal kernel: checks, grid, launch.
 
 The kernel's text, and what each of its threads owns, is in ``metal/prefill.metal``. Queries go in
 tiles, and a table names for each tile the runs of rows that it sees: rows that no query of a tile
@@ -43,8 +43,8 @@ def tile_of(head_dim: int, v_head_dim: int, dtype: mx.Dtype) -> Tile | None:
     """
     pad = 16 // dtype.size
     for queries, keys in _TILES:
-        held = max(head_dim * (keys + pad), keys * (v_head_dim + pad))
-        fits = (queries * (head_dim + pad) + held) * dtype.size <= _THREADGROUP_BYTES
+        keys_or_values = max(head_dim * (keys + pad), keys * (v_head_dim + pad))
+        fits = (queries * (head_dim + pad) + keys_or_values) * dtype.size <= _THREADGROUP_BYTES
         if fits and (keys <= 16 or max(head_dim, v_head_dim) < 128):
             return Tile(queries, keys)
     return None

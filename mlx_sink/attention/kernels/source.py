@@ -103,7 +103,7 @@ def build(
 
     Args:
         bodies: The files of its body, in order. The first gives it its name; MLX adds the
-            template's values to it, so that every specialisation has a name of its own.
+            template's values to it, so that every variant has a name of its own.
         headers: The files of the functions that it calls.
         input_names: Its inputs, in order.
         output_names: Its outputs, in order.

@@ -70,7 +70,7 @@ def decode_tables(
         layout: The call.
         block: Its queries.
         rotation: The layer's rotary embedding.
-        packed: No range is to have sinks and others: they are held in different arrays.
+        packed: No range is to have sinks and others: they lie in different arrays.
 
     Raises:
         KernelError: More queries or ranges than the kernel serves.

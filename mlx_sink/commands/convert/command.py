@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from mlx_lm import utils as mlx_lm_utils
 
@@ -24,8 +23,6 @@ from mlx_sink.io.units import format_bytes
 from mlx_sink.models.lazy import DTYPES, MODES
 
 PROG = program("convert")
-
-_utils = cast("Any", mlx_lm_utils)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ("quantize", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype")
     recipe = Recipe(**{name: getattr(args, name) for name in names})
     with contextlib.redirect_stdout(sys.stderr):
-        made = convert(
+        converted = convert(
             args.hf_path,
             args.mlx_path,
             recipe=recipe,
@@ -84,26 +81,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             trust_remote_code=args.trust_remote_code,
         )
         if args.upload_repo:
-            _upload(made.path, args.upload_repo)
-    terminal.write((json.dumps(made.to_dict(), indent=1) if args.json else _summary(made)) + "\n")
+            _upload(converted.path, args.upload_repo)
+    terminal.write(
+        (json.dumps(converted.to_dict(), indent=1) if args.json else _summary(converted)) + "\n"
+    )
     return 0
 
 
 def _upload(path: Path, repo: str) -> None:
     try:
-        _utils.upload_to_hub(str(path), repo)
+        mlx_lm_utils.upload_to_hub(str(path), repo)
     except Exception as error:  # whatever the hub or the network raises
         raise OutputError(
             f"{str(path)!r} is complete, but was not uploaded to {repo!r}: {one_line(error)}"
         ) from error
 
 
-def _summary(made: Converted) -> str:
+def _summary(converted: Converted) -> str:
     lines = [
-        f"{made.path}: {format_bytes(made.nbytes)} in {made.shards} "
-        f"file{'s' * (made.shards != 1)}, made in {made.seconds:.1f} s",
-        str(made.report),
+        f"{converted.path}: {format_bytes(converted.nbytes)} in {converted.shards} "
+        f"file{'s' * (converted.shards != 1)}, made in {converted.seconds:.1f} s",
+        str(converted.report),
     ]
-    if made.calibration is not None:
-        lines.append(made.calibration.verdict)
+    if converted.calibration is not None:
+        lines.append(converted.calibration.verdict)
     return "\n".join(lines)

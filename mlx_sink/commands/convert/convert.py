@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
@@ -30,8 +30,6 @@ from mlx_sink.models.lazy import parameters, weight_bytes
 from mlx_sink.models.load import by_mlx_lm, find, is_remote, load_unattached
 from mlx_sink.models.report import Report
 from mlx_sink.models.settings import Settings
-
-_utils = cast("Any", mlx_lm_utils)
 
 
 class Text(NamedTuple):
@@ -143,7 +141,7 @@ def _convert(
     if calibrate_on is not None:
         read(tokenizer, calibrate_on.text)  # a text that is too short is better refused now
     nbytes = weight_bytes(model)
-    shards = len(_utils.make_shards(dict(parameters(model))))
+    shards = len(mlx_lm_utils.make_shards(dict(parameters(model))))
     _check_room(target, nbytes, source)
     calibration = None
     try:
@@ -201,7 +199,7 @@ def _save(
     folder: Path, source: Checkpoint, model: nn.Module, tokenizer: Any, config: dict[str, Any]
 ) -> None:
     try:
-        _utils.save(folder, str(source.path), model, tokenizer, config)
+        mlx_lm_utils.save(folder, str(source.path), model, tokenizer, config)
     except RuntimeError as error:
         # What MLX raises when it cannot write.
         raise OSError(None, one_line(error)) from None
@@ -210,15 +208,15 @@ def _save(
 def _write_card(folder: Path, name: str) -> None:
     """Give a model from the hub the card that mlx-lm would, so that its licence goes along."""
     try:
-        _utils.create_model_card(folder, name)
+        mlx_lm_utils.create_model_card(folder, name)
     except Exception as error:  # whatever the hub or the network raises; a card can wait
         terminal.say(f"the model card was not copied: {one_line(error)}")
 
 
 def _calibrated(folder: Path, on: Text, trust: bool) -> tuple[Calibration, Report]:
-    """Measure the model as it was written, and write down what was found."""
+    """Measure the model as it was written, and write the settings and figures to its folder."""
     loaded = load_unattached(folder, trust_remote_code=trust)
-    found = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
-    for message in write_calibration(folder, found, on.name):
+    calibration = calibrate(loaded.model, loaded.tokenizer, on.text, context=loaded.context)
+    for message in write_calibration(folder, calibration, on.name):
         terminal.say(message)
-    return found, _report(loaded.model, found.settings, loaded.context)
+    return calibration, _report(loaded.model, calibration.settings, loaded.context)

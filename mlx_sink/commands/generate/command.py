@@ -111,7 +111,7 @@ class _Run:
         )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.asked = Asked(args, self.tokenizer, fresh=not (saved and saved.position))
-        self.plan: budget.Plan | None = None
+        self.plan: budget.Budget | None = None
         self.report = self._attach(loaded.context, loaded.settings, saved)
         how = sampling.settings(args, DEMO_TEMP if args.model == DEMO else 0.0)
         note: dict[str, Any] = {**(saved.note if saved else {})}

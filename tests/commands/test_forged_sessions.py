@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from folder import make_folder
-from test_session import forged, places
+from forgery import forged, places
 
 import mlx_sink
 from mlx_sink import SinkConfig, SinkError, Stream

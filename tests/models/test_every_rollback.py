@@ -10,12 +10,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from every import tiny
+from feeding import assert_close, feed, tokens_of
 from mlx_sink.architectures import VERIFIED
 from mlx_sink.attach import make_cache
 from mlx_sink.draft import Draft, check_caches
 from mlx_sink.group import CacheGroup
 from mlx_sink.loop import Loop, Sampling
-from test_every import assert_close, feed, tokens_of
 from tiny import every, mixed
 
 from mlx_sink import CacheError, SinkConfig, UnsupportedModelError, attach, session
