@@ -243,6 +243,12 @@ def _tensors(
     return tensors
 
 
+class Omitted:
+    """A part of a list or tuple that `pack` leaves out: it is there for others to see."""
+
+    __slots__ = ()
+
+
 def pack(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
     """Convert a tree to JSON; its arrays go into ``arrays`` under names.
 
@@ -255,7 +261,8 @@ def pack(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        items = [pack(v, f"{name}.{i}", arrays) for i, v in enumerate(cast("list[Any]", value))]
+        parts = [part for part in cast("list[Any]", value) if not isinstance(part, Omitted)]
+        items = [pack(part, f"{name}.{i}", arrays) for i, part in enumerate(parts)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if isinstance(value, dict):
         named = cast("dict[str, Any]", value)
@@ -283,6 +290,12 @@ def unpack(value: Any, arrays: Mapping[str, mx.array]) -> Any:
     if kind == "dict":
         return {name: unpack(v, arrays) for name, v in content.items()}
     raise ValueError(kind)
+
+
+def plain(value: Any) -> Any:
+    """Return a tree as it comes back from `pack` and `unpack`, with the same arrays."""
+    arrays: dict[str, mx.array] = {}
+    return unpack(pack(value, "", arrays), arrays)
 
 
 def copied(value: Any) -> Any:

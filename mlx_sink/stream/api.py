@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -61,14 +62,24 @@ def stream_generate(
         mlx-lm's ``GenerationResponse``: one for each token, its text possibly empty.
 
     Raises:
-        InputError: The prompt is empty, or an option does not go with a bounded cache.
+        InputError: The prompt is empty, an option does not go with a bounded cache, or the
+            caches are others.
+        CacheError: The model is not attached.
     """
     for name, value in options.items():
         if name not in INSTEAD:
             raise TypeError(f"stream_generate() got an unexpected option {name!r}")
         if value is not None:
             raise InputError(f"{name} does not go with a sink cache: {INSTEAD[name]}")
-    caches: list[Any] = list(make_cache(model)) if prompt_cache is None else prompt_cache
+    caches: list[Any] = list(make_cache(model))
+    if prompt_cache is not None:
+        kinds, expected = ([type(cache).__name__ for cache in c] for c in (prompt_cache, caches))
+        if kinds != expected:
+            raise InputError(
+                f"prompt_cache must come from model.make_cache(), with {_counted(expected)}, "
+                f"got {_counted(kinds)}"
+            )
+        caches = prompt_cache
     stream = Stream.over(model, tokenizer, caches)
     bos = stream.tokenizer.bos_token
     if isinstance(prompt, str):
@@ -83,6 +94,10 @@ def stream_generate(
         stop=stop,
         ignore_eos=ignore_eos,
     )
+
+
+def _counted(names: Sequence[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in Counter(names).items()) or "none"
 
 
 def generate(

@@ -23,7 +23,7 @@ from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.io import lock
 from mlx_sink.io import tensors as store
-from mlx_sink.io.tensors import Known, pack, unpack
+from mlx_sink.io.tensors import Known, pack, plain, unpack
 from mlx_sink.models.attach import make_cache
 from mlx_sink.models.lazy import parameters
 from mlx_sink.stream.loop import Loop
@@ -306,7 +306,7 @@ def _traced(model: nn.Module) -> tuple[list[Any], mx.array]:
     """Return the states of caches that one token went into, and the logits ``[1, vocabulary]``."""
     caches = make_cache(model)
     logits = _step(model, caches, 1)
-    return [cache.state for cache in caches], logits
+    return [plain(cache.state) for cache in caches], logits
 
 
 def _step(model: nn.Module, caches: list[Any], n: int) -> mx.array:
