@@ -10,46 +10,19 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from holder import held_elsewhere, holder
 
 from mlx_sink.errors import OutputError
 from mlx_sink.io import lock
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from mlx_sink.io import lock
-with lock.holding(Path(sys.argv[1]), "it"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Hold a lock in another process until the block ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    try:
-        yield process
-    finally:
-        process.communicate()
-
 
 def test_the_other_one_is_told_who_holds_it(tmp_path: Path):
     file, since = tmp_path / "s", time.strftime("%Y-%m-%d %H:")
-    with another_process(file) as process:
+    with held_elsewhere(file) as process:
         with pytest.raises(OutputError) as refused, lock.holding(file, "session 's'"):
             pass
         assert str(refused.value).startswith(
@@ -65,7 +38,7 @@ def test_the_other_one_is_told_who_holds_it(tmp_path: Path):
 
 def test_a_killed_process_locks_nothing(tmp_path: Path):
     file = tmp_path / "s"
-    with another_process(file) as process:
+    with held_elsewhere(file) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert os.listdir(tmp_path) == [".s.lock"]
@@ -79,14 +52,14 @@ def test_a_killed_process_locks_nothing(tmp_path: Path):
 )
 def test_what_the_lock_file_says_is_not_believed(text: bytes, tmp_path: Path):
     file = tmp_path / "s"
-    with another_process(file):
+    with held_elsewhere(file):
         (tmp_path / ".s.lock").write_bytes(text)
         with pytest.raises(OutputError, match=r"^it is in use by another process: "):
             lock.holding(file, "it").__enter__()
 
 
 def test_another_machine_is_named(tmp_path: Path):
-    with another_process(tmp_path / "s"):
+    with held_elsewhere(tmp_path / "s"):
         (tmp_path / ".s.lock").write_text("12 2026-01-01 00:00:00 mac.local\n")
         with pytest.raises(
             OutputError, match=r"by process 12 on mac\.local since 2026-01-01 00:0"
@@ -100,7 +73,7 @@ def test_a_link_and_a_relative_name_are_the_same_file(
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far" / "s")
     monkeypatch.chdir(tmp_path)
-    with another_process(tmp_path / "link"):
+    with held_elsewhere(tmp_path / "link"):
         assert os.listdir(tmp_path / "far") == [".s.lock"]
         for name in ("link", "far/s", "far/../far/./s"):
             with pytest.raises(OutputError, match="is in use by process"):
@@ -117,9 +90,7 @@ def test_one_process_holds_it_once_unless_it_says_so(tmp_path: Path):
             pass
         with pytest.raises(OutputError, match=f"in use by process {os.getpid()} already"):
             lock.holding(file, "it").__enter__()
-        code = HOLD.replace("sys.stdin.read()", "")
-        other = [sys.executable, "-c", code, str(file)]
-        done = subprocess.run(other, capture_output=True, text=True)
+        done = subprocess.run(holder(file), capture_output=True, text=True, input="")
         assert f"in use by process {os.getpid()} since" in done.stderr
     assert not os.listdir(tmp_path)
     with lock.holding(file, "it", nested=True):
@@ -199,8 +170,7 @@ def test_a_lock_file_that_its_holder_has_just_removed_is_none(
     with lock.holding(tmp_path / "s", "it"):
         assert tries == [3]
         monkeypatch.undo()
-        done = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path / "s")], text=True,
-                              capture_output=True, stdin=subprocess.DEVNULL)  # fmt: skip
+        done = subprocess.run(holder(tmp_path / "s"), capture_output=True, text=True, input="")
         assert "is in use by" in done.stderr
     assert not os.listdir(tmp_path)
 
