@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,35 +80,3 @@ def test_a_damaged_verdict_is_as_good_as_none(text: str, store: Path):
     assert trust.stored() == {}
     assert trust.verdict_of("a", lambda: GOOD) == GOOD
     assert trust.stored() == {"a": GOOD}
-
-
-def at_once(n: int, work: Callable[[int], object]) -> list[BaseException]:
-    """Run work in n threads at once, and return what they raised."""
-    barrier, raised = threading.Barrier(n), list[BaseException]()
-
-    def run(i: int) -> None:
-        barrier.wait()
-        try:
-            work(i)
-        except BaseException as error:
-            raised.append(error)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return raised
-
-
-def test_threads_that_check_at_once_leave_one_whole_verdict(store: Path):
-    """Streams run in threads of their own, and each may be the first to want a kernel."""
-    for name in "abcde":
-
-        def check(name: str = name) -> None:
-            trust.verdict_of(name, lambda: GOOD)
-            assert trust.verdict_of(name, never) == GOOD, "what it wrote is there"
-
-        assert not at_once(8, lambda _, check=check: check())
-    assert sorted(trust.stored()) == list("abcde")
-    assert all(path.suffix == ".json" for path in store.iterdir())
