@@ -25,7 +25,7 @@ from typing import Any
 from mlx_lm.sample_utils import make_sampler
 
 import mlx_sink
-from mlx_sink.stream.chat import render
+from mlx_sink.stream.text.chat import frame, render, render_again
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>mlx_sink</title>
 <style>body{font:16px system-ui;max-width:40em;margin:2em auto}pre{white-space:pre-wrap}</style>
@@ -48,9 +48,16 @@ document.getElementById("stop").onclick = () => fetch("/cancel/" + name, {method
 
 @dataclass
 class Conversation:
-    """A stream, and whose turn it is: a stream is for one thread at a time."""
+    """A stream, and whose turn it is: a stream is for one thread at a time.
+
+    Attributes:
+        stream: The stream.
+        turn: Held while it answers.
+        ended: Its last token is an end-of-text token.
+    """
 
     stream: mlx_sink.Stream
+    ended: bool = False
     turn: Lock = field(default_factory=Lock)
 
 
@@ -59,6 +66,9 @@ class App:
 
     def __init__(self, model: Any, tokenizer: Any, max_tokens: int):
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        # What the chat template writes between two turns; a model without one is just read on.
+        around = frame(tokenizer)
+        self.around = around._replace(again=()) if around.first else around
         self.sampler = make_sampler(0.7, top_p=0.95)
         self.conversations: dict[str, Conversation] = {}
         self.lock = Lock()
@@ -72,22 +82,30 @@ class App:
                 self.conversations[name] = Conversation(stream)
             return self.conversations[name]
 
-    def say(self, stream: mlx_sink.Stream, text: str) -> Iterator[str]:
-        """Read what was said and yield the answer, piece by piece."""
-        tokens = render(self.tokenizer, text).tokens
+    def say(self, conversation: Conversation, text: str) -> Iterator[str]:
+        """Read what was said and yield the answer, piece by piece.
+
+        Control tokens in what was said are text: nobody but the template opens a turn.
+        """
+        stream, ended = conversation.stream, conversation.ended
+        if not text.strip():
+            raise mlx_sink.InputError("the prompt is empty")
         if stream.position:
-            # A template writes the start of a text each time; the stream has one already.
-            bos = self.tokenizer.bos_token_id
-            tokens = tokens[1:] if tokens[:1] == [bos] else tokens
+            tokens = render_again(self.tokenizer, text, self.around, ended, response="")
+        else:
+            tokens = render(self.tokenizer, text).tokens
         stream.feed(tokens)
+        conversation.ended = False
         for response in stream.generate(self.max_tokens, sampler=self.sampler):
+            conversation.ended = response.token in self.tokenizer.eos_token_ids
             yield response.text
             if self.closing:
                 return
 
     def fork(self, name: str) -> str:
         """Copy a conversation and return the copy's name."""
-        copy = Conversation(self.conversation(name).stream.fork())
+        conversation = self.conversation(name)
+        copy = Conversation(conversation.stream.fork(), conversation.ended)
         with self.lock:
             self.conversations[f"{name}-{len(self.conversations)}"] = copy
             return list(self.conversations)[-1]
@@ -117,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             if verb == "fork":
                 return self.answer(200, "text/plain", self.app.fork(name))
             said = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-            self.stream_out(self.app.say(conversation.stream, said))
+            self.stream_out(self.app.say(conversation, said))
         except mlx_sink.SinkError as error:
             self.answer(400, "text/plain", f"{error}\n")
         except OSError:
@@ -162,10 +180,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         model, tokenizer = mlx_sink.load(args.model)
+        Handler.app = App(model, tokenizer, args.max_tokens)
     except mlx_sink.SinkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Handler.app = App(model, tokenizer, args.max_tokens)
     # Only this machine can reach it.
     with Server(("127.0.0.1", args.port), Handler) as server:
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)

@@ -16,9 +16,10 @@ from mlx_sink.attention.kernels.decode import decode, fits
 from mlx_sink.attention.kernels.decode_packed import decode_packed
 from mlx_sink.attention.kernels.prefill import prefill
 from mlx_sink.attention.kernels.tables import MAX_QUERIES, decode_tables, prefill_tables
+from mlx_sink.attention.layout import Block, Layout, blocks_of
 from mlx_sink.attention.packed import Packed
 from mlx_sink.attention.reference import BLOCK
-from mlx_sink.attention.ring import Block, Layout, Turn, blocks_of
+from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
 
 STILL = frozenset([Turn.NONE])

@@ -1,4 +1,4 @@
-"""Rows of keys or values that are quantised as MLX does, behind plain rows for the sinks."""
+"""Rows of keys or values, quantised in MLX's format; the sinks' rows are not quantised."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Packed:
     @property
     def dtype(self) -> mx.Dtype:
         """That of `expanded`."""
-        held = self.scales if self.sinks is None else self.sinks
-        return mx.float32 if held is None else held.dtype
+        like = self.scales if self.sinks is None else self.sinks
+        return mx.float32 if like is None else like.dtype
 
     def expanded(self) -> mx.array:
         """Return the rows as the model sees them, ``[B, n_kv_heads, all rows, head_dim]``.

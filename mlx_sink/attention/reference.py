@@ -14,7 +14,8 @@ from typing import Any, TypedDict, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_sink.attention.ring import Block, Layout, Ring, Span, Turn, layout_of
+from mlx_sink.attention.layout import Block, Layout, Span, layout_of
+from mlx_sink.attention.ring import Ring, Turn
 from mlx_sink.attention.rope import Rotation
 
 BLOCK = 64

@@ -22,8 +22,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sink.attention.layout import Block, Layout, Span, layout_of
 from mlx_sink.attention.reference import mask_of
-from mlx_sink.attention.ring import Block, Layout, Span, Turn, layout_of
+from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig

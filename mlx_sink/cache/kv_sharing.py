@@ -1,4 +1,4 @@
-"""Layers that attend to another layer's rows, found by the rows themselves.
+"""Layers that attend to another layer's rows, recognised by the rows themselves.
 
 Some models name no cache when they do that. The caches whose rows are known to be lent are noted
 here, by thread, and asked whether the keys are theirs.

@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_sink.attention.layout import Layout, layout_of
 from mlx_sink.attention.packed import Packed
 from mlx_sink.attention.reference import mask_of
-from mlx_sink.attention.ring import Layout, Ring, layout_of
+from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache import kv_sharing
 from mlx_sink.cache.refusals import Refusals, Unsaved

@@ -1,4 +1,4 @@
-"""How the keys, or the values, of one layer are held: as they came, or quantised.
+"""Store the keys, or the values, of one layer: in the model's dtype, or quantised.
 
 Both kinds of storage take what the ring's layout says (which rows go to which slots) and hand out
 the rows that a call attends to. Slots below ``num_sinks`` are the sinks', which stay as they came.
@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_sink.attention.layout import Layout
 from mlx_sink.attention.packed import Packed, assembled
-from mlx_sink.attention.ring import Copy, Layout, Run
+from mlx_sink.attention.ring import Copy, Run
 from mlx_sink.config import GROUP_SIZES, SinkConfig
 from mlx_sink.errors import CacheError
 

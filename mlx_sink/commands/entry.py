@@ -1,4 +1,4 @@
-"""From a command's name to its exit status; nothing heavy is imported before the name is known."""
+"""Run a command by its name; nothing heavy is imported before the name is known."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from mlx_sink.models.lazy import DTYPES
 PROG = program("plan")
 DESCRIPTION = (
     "Work out a model's memory and work for full attention, and for sinks and window, at any "
-    "length. Only its configuration is read."
+    "length. No weight is read: a configuration is enough, and of weight files the headers count."
 )
 
 

@@ -1,4 +1,4 @@
-"""Plots, made by matplotlib: an optional dependency, imported when something is drawn."""
+"""Draw plots with matplotlib, an optional dependency that is imported when something is drawn."""
 
 from __future__ import annotations
 

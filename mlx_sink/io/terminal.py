@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -95,14 +97,33 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+_for_machines = False
+
+
+@contextmanager
+def notes_as_json(on: bool) -> Generator[None]:
+    """Within the block, if it is on, stderr is for a machine: JSON, an object a line.
+
+    What `say` says is left out: the command's result holds it. A warning is an object of its own.
+    """
+    global _for_machines
+    before, _for_machines = _for_machines, on
+    try:
+        yield
+    finally:
+        _for_machines = before
+
+
 def say(line: str) -> None:
-    """Print a message to stderr; stdout is for the output."""
-    print(line, file=sys.stderr, flush=True)
+    """Tell the person at the terminal something; output is what goes to stdout."""
+    if not _for_machines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:
-    """Print a warning to stderr."""
-    say(f"warning: {line}")
+    """Say something that does not end the run."""
+    text = json.dumps({"warning": line}) if _for_machines else f"warning: {line}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def bar(total: float | None, what: str, unit: str, **options: Any) -> tqdm[Any]:
@@ -117,4 +138,5 @@ def bar(total: float | None, what: str, unit: str, **options: Any) -> tqdm[Any]:
         options: Further options of tqdm.
     """
     pace = 0.2 if sys.stderr.isatty() else 10.0
+    options = {"disable": _for_machines} | options
     return tqdm(total=total, desc=what, unit=unit, mininterval=pace, leave=False, **options)

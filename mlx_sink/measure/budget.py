@@ -6,7 +6,6 @@ the largest step. Python and its libraries come on top, some 100 MB.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError, UnsupportedModelError
 from mlx_sink.io.units import format_bytes
 from mlx_sink.models.attach import attach
-from mlx_sink.models.checkpoint import trained_context
+from mlx_sink.models.checkpoints.checkpoint import trained_context
 from mlx_sink.models.lazy import parameters, weight_bytes
 from mlx_sink.models.report import Report
 
@@ -27,16 +26,6 @@ IN_FLIGHT = 16
 
 LONGEST = 1 << 20
 """Tokens of a window at most, for a model that does not say what it was trained on."""
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the option to a parser."""
-    p.add_argument(
-        "--memory",
-        metavar="BYTES",
-        help="take the largest window that fits into so much, weights and workspace included: "
-        "2GB, 512MiB",
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,10 @@ from mlx_sink.io import terminal
 from mlx_sink.measure.losses import chunk_losses, cut
 from mlx_sink.measure.sink_share import SinkShare, sink_share
 from mlx_sink.models.attach import attach, detach, make_cache
-from mlx_sink.models.settings import Settings
+from mlx_sink.models.checkpoints.settings import Settings
+from mlx_sink.models.vocabulary import vocabulary
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.tokens import token_ids
 
 SINKS = (0, 1, 2, 4, 8)
 WINDOWS = 5
@@ -145,10 +148,10 @@ def calibrate(
         context: Positions the model was trained on, in tokens, or ``None`` if unknown.
 
     Raises:
-        InputError: The text is too short.
+        InputError: The text is too short, or has tokens that the model does not.
         UnsupportedModelError: The contract cannot be kept for this model.
     """
-    tokens = read(tokenizer, text)
+    tokens = token_ids(read(tokenizer, text), vocabulary(model), tokenizer)
     n = len(tokens)
     reach = min(context or n, n)
     capacity, largest = _power_of_two(min(reach, n // 4)), _power_of_two(min(reach, 2 * n // 3))
@@ -182,10 +185,12 @@ def calibrate(
 def read(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text that are measured: at most the first 16,384.
 
+    Control tokens that stand in it are text: it comes from a file.
+
     Raises:
         InputError: There are fewer than 128.
     """
-    tokens = list(tokenizer.encode(text))[:MAX_TOKENS]
+    tokens = Encoder(tokenizer).encode(Piece(text), first=True)[:MAX_TOKENS]
     if len(tokens) < MIN_TOKENS:
         raise InputError(
             f"calibration needs a text of at least {MIN_TOKENS} tokens, got {len(tokens)}"

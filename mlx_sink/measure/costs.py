@@ -116,9 +116,9 @@ def costs_of(model: Any, config: SinkConfig | None = None) -> Costs:
     Raises:
         UnsupportedModelError, ConfigError: As in `attach`.
     """
+    weights = weight_bytes(model)  # before a forward pass: Gemma 3n's casts some
     report = attach(model, config)
     quantised = {bits: _quantised(model, report.config, bits) for bits in BITS}
-    weights = weight_bytes(model)
     windows = {layer.slots for layer in report.layers if layer.cache in NATIVE}
     try:
         per_key = flops.per_key(model, sorted(windows))

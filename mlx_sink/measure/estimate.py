@@ -1,4 +1,4 @@
-"""An estimate of what a model costs, from its configuration alone; and what fits on which Mac."""
+"""An estimate of what a model costs, with no weight read; and what fits on which Mac."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mlx_sink.errors import ConfigError
 from mlx_sink.io import records
 from mlx_sink.measure import budget
 from mlx_sink.measure.costs import Costs, costs_of
-from mlx_sink.models import lazy, settings
-from mlx_sink.models.checkpoint import trained_context
+from mlx_sink.models import lazy
+from mlx_sink.models.checkpoints import settings
+from mlx_sink.models.checkpoints.checkpoint import trained_context
 from mlx_sink.models.report import Report
 
 LENGTHS = (4 << 10, 32 << 10, 128 << 10, 1 << 20, 10 << 20)
@@ -105,7 +106,7 @@ class Estimate:
     Attributes:
         model: The name that it was asked for by.
         dtype: Of the weights that are not quantised.
-        dtype_assumed: Neither an argument nor the configuration says the dtype.
+        dtype_assumed: Neither an argument, the configuration nor a file says the dtype.
         notes: What could not be counted, in words.
         context: Positions it was trained on, in tokens, or ``None`` if unknown.
         weights: Its parameters.
@@ -148,10 +149,10 @@ def estimate(
     dtype: str | None = None,
     lengths: Sequence[int] = LENGTHS,
 ) -> Estimate:
-    """Estimate what a model costs, from its configuration alone.
+    """Estimate what a model costs, from its configuration, and from its files where they are.
 
     Args:
-        name: As in `lazy.read_config`.
+        name: As in `lazy.unread`.
         num_sinks: As in `SinkConfig`.
         window: As in `SinkConfig`.
         dtype: Of the weights, if not that of the configuration.
@@ -161,18 +162,17 @@ def estimate(
         ModelError, UnsupportedModelError: From `lazy`.
         ConfigError: The window is larger than the trained context.
     """
-    fields = lazy.read_config(name)
-    own_dtype = lazy.dtype_of(fields)
-    model = lazy.build(fields, dtype)
+    unread = lazy.unread(name, dtype)
+    model, fields = unread.model, unread.config
     context = trained_context(getattr(model, "args", None)) or trained_context(fields)
     config, _ = settings.apply(settings.Settings.of(fields), context, num_sinks, window)
     costs = costs_of(model, config)
     capacity = config.capacity
     return Estimate(
         model=name,
-        dtype=dtype or own_dtype or lazy.DEFAULT_DTYPE,
-        dtype_assumed=dtype is None and own_dtype is None,
-        notes=_notes(fields, costs),
+        dtype=unread.dtype,
+        dtype_assumed=unread.assumed,
+        notes=unread.notes + _notes(costs),
         context=context,
         weights=Weights(costs.weights, costs.read),
         report=costs.report,
@@ -197,10 +197,8 @@ def estimate(
     )
 
 
-def _notes(fields: Mapping[str, Any], costs: Costs) -> tuple[str, ...]:
+def _notes(costs: Costs) -> tuple[str, ...]:
     notes: list[str] = []
-    if "quantization" not in fields and "quantization_config" in fields:
-        notes.append("quantization_config is not followed: weights are counted unquantised")
     if costs.per_key is None:
         notes.append("MLX cannot count this model's multiply-adds; all experts count as read")
     reasons = {reason for reason in costs.quantised.values() if isinstance(reason, str)}

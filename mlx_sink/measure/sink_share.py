@@ -1,4 +1,4 @@
-"""How much of a model's attention lies on the first tokens of a text."""
+"""Measure how much of a model's attention lies on the first tokens of a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_sink.attention import reference
 from mlx_sink.attention.dispatch import Attended, observed
-from mlx_sink.attention.ring import Block, blocks_of
+from mlx_sink.attention.layout import Block, blocks_of
 from mlx_sink.config import SinkConfig
 from mlx_sink.models.attach import attach, make_cache
 

@@ -18,7 +18,7 @@ from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, UnsupportedModelError
 from mlx_sink.models.architectures import VERIFIED, refusal
 from mlx_sink.models.cache_plan import CachePlan, plan_caches
-from mlx_sink.models.checkpoint import trained_context
+from mlx_sink.models.checkpoints.checkpoint import trained_context
 from mlx_sink.models.hook import hook
 from mlx_sink.models.layers import size_asked_for
 from mlx_sink.models.report import LayerReport, Report, report_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, overload
@@ -13,14 +13,16 @@ from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, ModelError, one_line
-from mlx_sink.models import checkpoint, demo, settings
+from mlx_sink.io import terminal
+from mlx_sink.models import demo
 from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoints import checkpoint, folders, quantization, settings, spelling
+from mlx_sink.models.checkpoints.checkpoint import CONFIG, Checkpoint
+from mlx_sink.models.checkpoints.names import Place, place_of
+from mlx_sink.models.checkpoints.settings import Settings
 from mlx_sink.models.report import Report
-from mlx_sink.models.settings import Settings
 
 DEMO = demo.NAME
-
-CONFIG = "config.json"
 
 
 class Loaded(NamedTuple):
@@ -134,20 +136,54 @@ def load_unattached(path_or_repo: str | Path = DEMO, **options: Any) -> Loaded:
     Arguments and errors as in `load`.
     """
     name = str(path_or_repo)
-    found = checkpoint.check(find(name, options.pop("revision", None)))
+    found = find_checkpoint(name, options.pop("revision", None))
     own = Settings.of(found.config)
-    model_config = checkpoint.for_mlx_lm(found.config)
-    model_config |= cast("dict[str, Any]", options.pop("model_config", None) or {})
-    model, tokenizer, config = by_mlx_lm(name, found.path, model_config=model_config, **options)
+    model_config = cast("dict[str, Any]", options.pop("model_config", None) or {})
+    model, tokenizer, config = by_mlx_lm(name, found, model_config=model_config, **options)
     return Loaded(model, tokenizer, checkpoint.trained_context(config), own)
+
+
+def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """Find a model, and check that mlx-lm reads what is there.
+
+    Args:
+        name: What a person calls it; see `names.place_of`.
+        revision: Branch, tag or commit of a repository.
+
+    Raises:
+        ModelError: It cannot be found, is damaged, or is of a kind that is not read.
+    """
+    return check_folder(name, find(name, revision))
+
+
+def check_folder(name: str, path: Path) -> Checkpoint:
+    """Check that mlx-lm reads what is in a model folder.
+
+    Args:
+        name: What to call the model in an error.
+        path: The folder.
+
+    Raises:
+        ModelError: It is damaged, or of a kind that is not read.
+    """
+    found = checkpoint.check(path)
+    reason = quantization.refusal(found.config, architecture_of(found.config))
+    if reason is None:
+        return found
+    if not quantization.is_plain(found.tensors):
+        raise ModelError(f"cannot load model {name!r}: {reason}")
+    tool = quantization.describe(found.config)
+    doubt = f"{str(path / CONFIG)!r} says that {tool} quantised the weights, which they are not"
+    return replace(found, doubts=(*found.doubts, doubt))
 
 
 def by_mlx_lm(
     name: str,
-    path: Path,
+    found: Checkpoint,
     *,
     trust_remote_code: bool = False,
     tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Load a model, its tokenizer and its configuration by `mlx_lm.load`.
@@ -157,30 +193,58 @@ def by_mlx_lm(
 
     Args:
         name: What to call the model in an error.
-        path: Its folder.
+        found: Its folder.
         trust_remote_code: Run code that comes with the model or its tokenizer.
         tokenizer_config: As in `mlx_lm.load`; what it says of trust is for the tokenizer alone.
+        model_config: As in `mlx_lm.load`; goes before what the folder says.
         options: As in `mlx_lm.load`.
 
     Raises:
         ModelError: mlx-lm cannot load it.
     """
-    tokenizer_config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    if (adapter := options.get("adapter_path")) is not None:
+        _check_adapter(adapter)
+    spelled = spelling.for_mlx_lm(found.config, found.tensors) | (model_config or {})
     try:
         # mlx-lm and transformers raise whatever a damaged file happens to trip over.
         loaded = mlx_lm.load(
-            str(path),
+            str(found.path),
             return_config=True,
+            model_config=spelled,
             trust_remote_code=trust_remote_code,
-            tokenizer_config=tokenizer_config,
+            tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
             **options,
         )
     except Exception as error:
-        reason = one_line(error)
+        reason = found.explained(error)
         if not trust_remote_code and "trust_remote_code" in str(error):
             reason += " (--trust-remote-code, or trust_remote_code=True, runs it)"
         raise ModelError(f"cannot load model {name!r}: {reason}") from error
+    for doubt in found.doubts:
+        terminal.warn(doubt)
     return cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
+
+
+def _check_adapter(adapter: str | Path) -> None:
+    """Raise unless a folder holds an adapter as mlx-lm's ``lora`` writes it."""
+    path = Path(adapter).expanduser()
+    missing = [
+        n for n in ("adapter_config.json", "adapters.safetensors") if not (path / n).is_file()
+    ]
+    if not path.is_dir():
+        raise ModelError(f"adapter folder {str(adapter)!r} does not exist")
+    if missing:
+        what = folders.what_it_is(path)
+        raise ModelError(
+            f"adapter folder {str(adapter)!r} has no {missing[0]}"
+            + (f": it {what}" if what else "")
+        )
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Return the module of ``mlx_lm.models`` that a configuration is for, whether there or not."""
+    kind = str(config["model_type"])
+    return str(mlx_lm_utils.MODEL_REMAPPING.get(kind, kind))
 
 
 def find(name: str, revision: str | None = None) -> Path:
@@ -189,14 +253,17 @@ def find(name: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: There is no such folder, and no such repository can be had.
     """
-    path = _local(name)
-    if path is None:
-        if not is_remote(name):
-            raise ModelError(f"model folder {name!r} does not exist")
-        return _download(name, revision)
-    if not path.is_dir():
-        raise ModelError(f"model {name!r} is a file: name the folder that holds config.json")
-    return path
+    place = place_of(name, revision)
+    if place.path is None:
+        return _download(name, place)
+    if place.path.is_dir():
+        return place.path
+    if place.path.suffix == ".gguf":
+        raise ModelError(
+            f"model {name!r} is a file of GGUF, which mlx-lm does not read: use the repository "
+            "that it was made from"
+        )
+    raise ModelError(f"model {name!r} is a file: name the folder that holds config.json")
 
 
 def find_config(name: str) -> Path:
@@ -208,42 +275,34 @@ def find_config(name: str) -> Path:
     Raises:
         ModelError: There is none.
     """
-    path = _local(name)
-    if path is None:
-        if not is_remote(name):
-            raise ModelError(f"model {name!r}: no such folder, config.json or repository")
-        path = _download(name, only=CONFIG)
+    place = place_of(name)
+    path = _download(name, place, only=CONFIG) if place.path is None else place.path
     if path.is_file():
         return path
     if not (path / CONFIG).is_file():
-        raise ModelError(f"model {name!r} has no {CONFIG}")
+        what = folders.what_it_is(path)
+        raise ModelError(f"model {name!r} has no {CONFIG}" + (f": it {what}" if what else ""))
     return path / CONFIG
 
 
-def is_remote(name: str) -> bool:
-    """Tell whether a name is that of a repository on the hub: no folder, and spelled like one."""
-    spelled = re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None
-    return spelled and not name.endswith(".json") and _local(name) is None
+def repository_of(name: str) -> str | None:
+    """Return the repository on the hub that a name stands for; ``None`` for a path.
+
+    Raises:
+        ModelError: As `names.place_of`.
+    """
+    return place_of(name).repo or None
 
 
-def _local(name: str) -> Path | None:
-    """Return the folder or file on this machine that a name is of, if there is one."""
-    if name == DEMO:
-        return demo.FOLDER
-    try:
-        path = Path(name).expanduser()
-        return path if name and path.exists() else None
-    except (OSError, RuntimeError):  # too long for a path; the home of nobody
-        return None
-
-
-def _download(name: str, revision: str | None = None, *, only: str | None = None) -> Path:
+def _download(name: str, place: Place, *, only: str | None = None) -> Path:
     """Download a repository, or one file of it, and return the folder."""
     utils = cast("Any", mlx_lm_utils)
     patterns = utils.DEFAULT_ALLOW_PATTERNS if only is None else [only]
     try:
         # The hub's client raises errors of many packages.
-        folder = utils.snapshot_download(name, revision=revision, allow_patterns=patterns)
+        folder = utils.snapshot_download(
+            place.repo, revision=place.revision, allow_patterns=patterns
+        )
     except Exception as error:
         what = "model" if only is None else f"{only} of model"
         raise ModelError(f"cannot download {what} {name!r}: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What a model does with its caches, found by watching it without computing anything.
+"""Watch what a model does with its caches, without computing anything.
 
 MLX is lazy: a forward pass tells shapes, types and the order of calls, and costs nothing until
 its result is asked for. Every rotary embedding of mlx-lm ends in ``mx.fast.rope``, which is

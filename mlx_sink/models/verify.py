@@ -25,6 +25,7 @@ from mlx_sink.errors import SinkError, UnsupportedModelError, one_line
 from mlx_sink.models.cache_plan import CachePlan
 from mlx_sink.models.layers import native_caches
 from mlx_sink.models.trace import forward
+from mlx_sink.models.vocabulary import vocabulary
 
 CONFIG = SinkConfig(2, 6, epoch=11)
 TOKENS = 40
@@ -62,7 +63,7 @@ def verify(model: nn.Module, plan: CachePlan) -> None:
 
 def _verify(model: nn.Module, plan: CachePlan) -> None:
     probe = forward(model, mx.zeros((1, 1), mx.int32), plan.caches(CONFIG))
-    tokens = np.random.default_rng(0).integers(0, int(probe.shape[-1]), TOKENS)
+    tokens = np.random.default_rng(0).integers(0, vocabulary(model), TOKENS)
     tolerance = TOLERANCE.get(probe.dtype, HALF)
 
     def logits(caches: Sequence[Any], cuts: Iterable[int], n: int = TOKENS) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +16,7 @@ from mlx_sink.models.attach import make_cache
 from mlx_sink.stream.loop import Progress, quiet
 from mlx_sink.stream.sampler import LogitsProcessor, Sampler, greedy
 from mlx_sink.stream.stream import Stream
+from mlx_sink.stream.text.encode import Encoder, Piece
 
 INSTEAD = {
     "max_kv_size": "its size is fixed by attach(model, SinkConfig(window=...))",
@@ -33,6 +34,7 @@ def stream_generate(
     *,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    special: bool = True,
     prompt_cache: list[Any] | None = None,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
@@ -49,6 +51,9 @@ def stream_generate(
         max_tokens: Tokens to generate; -1 for no limit.
         stop: Strings that end the text; they are not part of it.
         ignore_eos: Go on after an end-of-text token.
+        special: Control tokens such as ``<|im_end|>`` count in a prompt that is text, as with
+            mlx-lm: it may be one that a chat template has rendered. Of a text from elsewhere say
+            ``False``: they are the text that they are.
         prompt_cache: The caches of a stream to go on with, from ``model.make_cache()``; read
             and written. A new stream by default.
         sampler: Picks the token, as from mlx-lm's ``make_sampler``; the most likely by default.
@@ -62,8 +67,8 @@ def stream_generate(
         mlx-lm's ``GenerationResponse``: one for each token, its text possibly empty.
 
     Raises:
-        InputError: The prompt is empty, an option does not go with a bounded cache, or the
-            caches are others.
+        InputError: The prompt is empty, a token is not in the model's vocabulary, an option does
+            not go with a bounded cache, or the caches are others.
         CacheError: The model is not attached.
     """
     for name, value in options.items():
@@ -81,10 +86,9 @@ def stream_generate(
             )
         caches = prompt_cache
     stream = Stream.over(model, tokenizer, caches)
-    bos = stream.tokenizer.bos_token
     if isinstance(prompt, str):
-        special = bos is None or not prompt.startswith(bos)
-        prompt = cast("list[int]", stream.tokenizer.encode(prompt, add_special_tokens=special))
+        piece = Piece(prompt, special)
+        prompt = Encoder(stream.tokenizer).encode(piece, first=True)
     progress = prompt_progress_callback or quiet
     stream.feed(prompt, prefill_step_size=prefill_step_size, progress=progress)
     yield from stream.generate(
@@ -93,6 +97,7 @@ def stream_generate(
         logits_processors=logits_processors or (),
         stop=stop,
         ignore_eos=ignore_eos,
+        show_special_tokens=True,
     )
 
 

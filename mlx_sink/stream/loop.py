@@ -22,6 +22,7 @@ from mlx_sink.cache.group import CacheGroup
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import CacheError
 from mlx_sink.io.tensors import copied
+from mlx_sink.models.vocabulary import vocabulary
 from mlx_sink.stream.sampler import Choice, History, Sampling, choose
 from mlx_sink.stream.speculative import Draft, Step
 
@@ -71,6 +72,7 @@ class Loop:
     Attributes:
         logits: What the model expects next, ``[1, vocabulary]``; ``None`` while nothing is read.
         recent: The newest tokens: as many as the penalty window has, also after a rollback.
+        vocabulary: Tokens that the model can read. A wider output is cut to them.
         position: Tokens read and made.
     """
 
@@ -88,6 +90,7 @@ class Loop:
         self.key = key
         self.draft = draft
         self.penalty_window = penalty_window
+        self.vocabulary = vocabulary(model)
         self.logits: mx.array | None = None
         self._held = CacheGroup(*caches)
         self.recent: deque[int] = deque(maxlen=penalty_window + self._held.rollback)
@@ -108,7 +111,7 @@ class Loop:
         """Take in tokens, ``step`` at a time and the last one alone, as mlx-lm does.
 
         Args:
-            tokens: At least one.
+            tokens: At least one; all of them below ``vocabulary``.
             step: Tokens read at once.
             progress: Called between the chunks; the loop may be saved from within.
             cancelled: Asked between the chunks. If so, one more token is read, so that there is
@@ -257,10 +260,13 @@ class Loop:
         return self.logits
 
     def _history(self, sampling: Sampling) -> History:
-        return History.of(list(self.recent), self.penalty_window, sampling)
+        width = self._expected().shape[-1]
+        return History.of(list(self.recent), self.penalty_window, sampling, width)
 
     def _logits(self, tokens: mx.array) -> mx.array:
-        return cast("mx.array", self.model(tokens, cache=self.caches))
+        logits = cast("mx.array", self.model(tokens, cache=self.caches))
+        wide = logits.shape[-1] > self.vocabulary
+        return logits[..., : self.vocabulary] if wide else logits
 
     def _started(
         self, logits: mx.array, history: History, key: mx.array | None, sampling: Sampling

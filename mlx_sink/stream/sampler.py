@@ -1,14 +1,23 @@
-"""How the next token is chosen: from a model's logits to a token."""
+"""How the next token is chosen: from a model's logits to a token.
+
+mlx-lm's samplers draw from MLX's random state, which is shared; here a stream has random numbers
+of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
-from mlx_sink.stream.randomness import seeded
+from mlx_sink.errors import InputError
+
+T = TypeVar("T")
+
+# MLX annotates its arguments as nothing in particular.
+_start: Callable[..., None] = cast("Any", mx).async_eval
 
 Sampler = Callable[[mx.array], mx.array]
 """From log probabilities ``[1, vocabulary]`` to a token ``[1]``."""
@@ -20,6 +29,18 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 def greedy(logprobs: mx.array) -> mx.array:
     """Return the most likely token."""
     return mx.argmax(logprobs, axis=-1)
+
+
+def never(tokens: Iterable[int]) -> LogitsProcessor:
+    """Return a processor by which some tokens cannot be chosen."""
+    ids = sorted(tokens)
+
+    def forbid(_: mx.array, logits: mx.array) -> mx.array:
+        known = mx.array([i for i in ids if i < logits.shape[-1]], mx.int32)
+        logits[..., known] = float("-inf")
+        return logits
+
+    return forbid
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +103,19 @@ class History:
         self._window = window
 
     @classmethod
-    def of(cls, recent: Sequence[int], window: int, sampling: Sampling) -> History:
-        """Return the history of a list of tokens."""
+    def of(cls, recent: Sequence[int], window: int, sampling: Sampling, width: int) -> History:
+        """Return the history of a list of tokens, but for those that have no logit.
+
+        Args:
+            recent: The tokens.
+            window: How many of the newest count.
+            sampling: Has the processors that see them.
+            width: Logits of a token: processors look theirs up.
+        """
         if not sampling.processors:
             return cls(None, window)
-        return cls(mx.array(list(recent[-window:]), mx.int32), window)
+        tokens = [token for token in recent[-window:] if token < width]
+        return cls(mx.array(tokens, mx.int32), window)
 
     def then(self, token: mx.array) -> History:
         """Return the history after one more token, ``[1]``."""
@@ -94,3 +123,49 @@ class History:
             return self
         longer = mx.concatenate([self.tokens, token.astype(mx.int32)])
         return History(longer[-self._window :], self._window)
+
+
+def seeded(key: mx.array | None, draw: Callable[[], T]) -> tuple[T, mx.array | None]:
+    """Call a function while MLX's random state stands at a key, and put the state back.
+
+    MLX's state belongs to the thread, and its array can be written in place, lazily. So every
+    sampler that is built on ``mx.random`` draws as it would after ``mx.random.seed``, and neither
+    another stream nor the caller's own random numbers are touched.
+
+    Args:
+        key: The key to draw from, uint32 ``[2]``; ``None`` to leave MLX's state alone.
+        draw: The function.
+
+    Returns:
+        What the function returns, and the key to draw from next.
+    """
+    if key is None:
+        return draw(), None
+    outer = mx.array(_state())
+    _state()[...] = key
+    try:
+        drawn = draw()
+        return drawn, mx.array(_state())
+    finally:
+        # Looked up again: a compiled sampler replaces the array.
+        _state()[...] = outer
+        # Never used, it would never be computed either: a graph that grows with every call.
+        _start(_state())
+
+
+def _state() -> mx.array:
+    """Return the array of MLX's random state in this thread."""
+    return cast("list[mx.array]", mx.random.state)[0]
+
+
+def fresh_key(seed: int | None) -> mx.array:
+    """Return the key that ``mx.random.seed`` would set, or one drawn from MLX's state.
+
+    Raises:
+        InputError: The seed has more than 64 bits, or is negative.
+    """
+    if seed is not None:
+        if not 0 <= seed < 2**64:
+            raise InputError(f"seed must be from 0 to 2**64 - 1, got {seed}")
+        return mx.random.key(seed)
+    return mx.random.randint(0, 2**31 - 1, (2,), mx.uint32)

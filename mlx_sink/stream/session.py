@@ -238,8 +238,10 @@ def _restored(model: nn.Module, saved: Saved) -> Loop:
         raise ValueError(key)
     loop = Loop(model, caches, key=key, penalty_window=saved.penalty_window)
     loop.position = saved.position
-    loop.recent.extend(natural(token, expected.shape[-1]) for token in saved.recent)
+    loop.recent.extend(natural(token, loop.vocabulary) for token in saved.recent)
     logits = arrays.get("logits")
+    if expected.shape[-1] > loop.vocabulary:
+        expected = expected[:, : loop.vocabulary]
     if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, expected.shape):
         raise ValueError(logits.shape)
     loop.logits = logits

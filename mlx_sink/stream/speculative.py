@@ -18,6 +18,7 @@ from mlx_sink.cache.group import CacheGroup, leaves
 from mlx_sink.cache.rewindable import Rewindable, rollback_of
 from mlx_sink.errors import CacheError, InputError
 from mlx_sink.io.tensors import copied
+from mlx_sink.models.vocabulary import vocabulary
 from mlx_sink.stream.sampler import Choice, History, Sampling, choose
 
 _evaluate: Callable[..., None] = cast("Any", mx).eval
@@ -76,7 +77,7 @@ class Draft:
         self.guessed = 0
         self.right = 0
         self._unread: list[int] = []
-        self._vocabulary = int(cast("Any", model)(mx.zeros((1, 1), mx.int32)).shape[-1])
+        self._vocabulary = vocabulary(model)
 
     @property
     def caches(self) -> list[Any]:
@@ -143,7 +144,7 @@ class Draft:
         tokens = mx.concatenate([unread, token.astype(mx.int32)])
         guesses: list[mx.array] = []
         for _ in range(self.num_draft_tokens):
-            logits = self._logits(tokens)[:, -1, :vocabulary]
+            logits = _as_wide(self._logits(tokens)[:, -1, :], vocabulary)
             token, _, key = choose(logits, seen.tokens, key, sampling)
             seen = seen.then(token)
             tokens = token.astype(mx.int32)
@@ -165,7 +166,7 @@ class Draft:
         self.held.trim(n - unread)
 
     def _logits(self, tokens: mx.array) -> mx.array:
-        # The model may know tokens that the draft does not; an index beyond reads anything.
+        # The model may know tokens that the draft does not; MLX reads past the end of a table.
         known = mx.minimum(tokens, self._vocabulary - 1)
         return cast("mx.array", self.model(known[None], cache=self.caches))
 
@@ -175,6 +176,14 @@ class Draft:
         fork.held, fork._unread = copy(self.held), list(self._unread)
         fork.held.state = copied(self.held.state)
         return fork
+
+
+def _as_wide(logits: mx.array, vocabulary: int) -> mx.array:
+    """Return a draft's logits for the model's vocabulary: what it lacks is never guessed."""
+    missing = vocabulary - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :vocabulary]
+    return mx.pad(logits, [(0, 0), (0, missing)], constant_values=mx.array(float("-inf")))
 
 
 def check_caches(caches: Sequence[Any], n: int, whose: str) -> None:

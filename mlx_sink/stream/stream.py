@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,13 +18,15 @@ from mlx_sink.errors import InputError, SessionError
 from mlx_sink.io.tensors import Known
 from mlx_sink.models.attach import make_cache
 from mlx_sink.stream import session
-from mlx_sink.stream.detokenize import detokenizer_for
 from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wired
-from mlx_sink.stream.randomness import fresh_key
-from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, greedy
+from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, fresh_key, greedy
 from mlx_sink.stream.session import Saved
 from mlx_sink.stream.speculative import Draft, check_caches
-from mlx_sink.stream.text import Text
+from mlx_sink.stream.text.control import control_of
+from mlx_sink.stream.text.detokenize import detokenizer_for
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.stop_strings import ShownText
+from mlx_sink.stream.text.tokens import token_ids
 
 
 class Stream:
@@ -79,7 +81,7 @@ class Stream:
         self.note: dict[str, Any] = {}
         self._whose: dict[str, str] | None = None
         self._known: Known = {}
-        self._text: Text | None = None
+        self._text: ShownText | None = None
         self._turn = 0
         self._cancelled = Event()
         self._read = 0
@@ -131,7 +133,7 @@ class Stream:
         if restored.text is not None:
             try:
                 fresh = detokenizer_for(stream.tokenizer)
-                stream._text = Text.restored(fresh, restored.text)
+                stream._text = ShownText.restored(fresh, restored.text)
             except (TypeError, ValueError):
                 name = repr(str(saved.path))
                 raise SessionError(f"session {name} does not fit the tokenizer") from None
@@ -173,7 +175,7 @@ class Stream:
         fork._begin(self._loop.fork(), self.tokenizer)
         fork.note, fork._whose, fork._known = dict(self.note), self._whose, dict(self._known)
         if self._text is not None:
-            fork._text = Text.restored(detokenizer_for(self.tokenizer), self._text.state())
+            fork._text = ShownText.restored(detokenizer_for(self.tokenizer), self._text.state())
         return fork
 
     @property
@@ -204,19 +206,27 @@ class Stream:
         draft = self._loop.draft
         return (draft.guessed, draft.right) if draft else (0, 0)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the tokens that `feed` reads for a text.
 
-        The tokenizer's special tokens go before the very first text only.
+        What the tokenizer puts before a text goes before the very first one only.
+
+        Args:
+            text: The text.
+            special: Control tokens such as ``<|im_end|>`` count in it, as in one that a chat
+                template has rendered. By default they are the text that they are: what comes
+                from a person or a file opens no turns.
+
+        Raises:
+            InputError: The tokenizer makes a control token of a text whatever is tried.
         """
-        bos = self.tokenizer.bos_token
-        first = self.position == 0 and (bos is None or not text.startswith(bos))
-        return list(self.tokenizer.encode(text, add_special_tokens=first))
+        return Encoder(self.tokenizer).encode(Piece(text, special), first=self.position == 0)
 
     def feed(
         self,
         text: str | Sequence[int] | mx.array,
         *,
+        special: bool = False,
         prefill_step_size: int = PREFILL_STEP,
         progress: Progress = quiet,
     ) -> int:
@@ -226,6 +236,7 @@ class Stream:
 
         Args:
             text: Text, which is encoded as is, or token ids.
+            special: As in `encode`.
             prefill_step_size: Tokens read at once.
             progress: Called between the chunks with the tokens read so far and all of them.
 
@@ -233,9 +244,9 @@ class Stream:
             The tokens read; fewer than given only if `cancel` was called meanwhile.
 
         Raises:
-            InputError: There is nothing to read.
+            InputError: There is nothing to read, or a token is not in the model's vocabulary.
         """
-        tokens = self._tokens(text)
+        tokens = self._tokens(text, special)
         if not tokens:
             raise InputError("the prompt is empty")
         if prefill_step_size < 1:
@@ -250,10 +261,9 @@ class Stream:
         self._reading_s += time.perf_counter() - began
         return read
 
-    def _tokens(self, text: str | Sequence[int] | mx.array) -> list[int]:
-        if isinstance(text, str):
-            return self.encode(text)
-        return cast("list[int]", text.tolist()) if isinstance(text, mx.array) else list(text)
+    def _tokens(self, text: str | Sequence[int] | mx.array, special: bool) -> list[int]:
+        tokens = self.encode(text, special=special) if isinstance(text, str) else text
+        return token_ids(tokens, self._loop.vocabulary, self.tokenizer)
 
     def generate(
         self,
@@ -263,6 +273,7 @@ class Stream:
         logits_processors: Sequence[LogitsProcessor] = (),
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        show_special_tokens: bool = False,
         flush: bool = True,
     ) -> Iterator[GenerationResponse]:
         """Write on, piece by piece, from where the stream stands.
@@ -277,6 +288,8 @@ class Stream:
                 ``penalty_window`` tokens.
             stop: Strings that end the text; they are not part of it.
             ignore_eos: Go on after an end-of-text token.
+            show_special_tokens: Control tokens are part of the text, as with mlx-lm. By default
+                only those that a stop string names are.
             flush: When ``max_tokens`` is reached, hand out text that is held back (half a
                 character, what may begin a stop string). Without, the next `generate` goes on
                 with the same text, as if there had been no pause.
@@ -294,14 +307,22 @@ class Stream:
         self._cancelled.clear()
         self._turn += 1
         if self._text is None or self._text.stops != tuple(stop):
-            self._text = Text(detokenizer_for(self.tokenizer), stop)
+            self._text = ShownText(detokenizer_for(self.tokenizer), stop)
+        hidden = frozenset[int]() if show_special_tokens else self._hidden(stop)
         tokens = self._loop.tokens(Sampling(sampler, tuple(logits_processors)))
-        return self._responses(tokens, self._text, max_tokens, ignore_eos, flush)
+        return self._responses(tokens, self._text, hidden, max_tokens, ignore_eos, flush)
+
+    def _hidden(self, stop: Sequence[str]) -> frozenset[int]:
+        """Return the tokens that are not shown; what a stop string names is looked for in text."""
+        control = control_of(self.tokenizer)
+        named = {i for word, i in control.words.items() if any(word in text for text in stop)}
+        return control.hidden - named
 
     def _responses(
         self,
         tokens: Iterator[Made],
-        text: Text,
+        text: ShownText,
+        hidden: frozenset[int],
         max_tokens: int,
         ignore_eos: bool,
         flush: bool,
@@ -319,7 +340,7 @@ class Stream:
                     token, logprobs, from_draft = next(tokens)
                     n += 1
                     ended = token in self.tokenizer.eos_token_ids and not ignore_eos
-                    shown = "" if ended else text.feed(token)
+                    shown = "" if ended or token in hidden else text.feed(token)
                     full = n == max_tokens
                     reason = "stop" if ended or text.stopped else "length" if full else None
                     if not text.stopped and (ended or (full and flush)):

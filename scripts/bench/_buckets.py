@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mlx_sink.io.units import short
+from mlx_sink.measure.comparison.methods import NAMES, QUANTISED
 from mlx_sink.measure.losses import Mean, by_position
-from mlx_sink.measure.methods import NAMES, QUANTISED
 
 # A palette that people with any colour vision can tell apart (Okabe and Ito, 2008).
 STYLES: dict[str, dict[str, Any]] = {

@@ -30,8 +30,8 @@ from mlx_sink import SinkCache, SinkConfig, SinkError, attach
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.errors import ConfigError
 from mlx_sink.io.terminal import say
+from mlx_sink.measure.comparison.methods import rotating_caches
 from mlx_sink.measure.machine import alternate, as_json, evaluate_caches, machine
-from mlx_sink.measure.methods import rotating_caches
 from mlx_sink.models.lazy import DTYPES
 
 SECTIONS = ("position", "decode", "prefill", "reading", "bytes")

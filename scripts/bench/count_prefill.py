@@ -27,7 +27,8 @@ import numpy as np
 from mlx_sink.attention.dispatch import BLOCK
 from mlx_sink.attention.kernels.prefill import Tile
 from mlx_sink.attention.kernels.tables import prefill_tables
-from mlx_sink.attention.ring import Layout, Ring, layout_of
+from mlx_sink.attention.layout import Layout, layout_of
+from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 
 SHAPES = ((2048, 256), (2048, 1024), (2048, 4096), (512, 1024), (8192, 1024), (8192, 4096))

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from mlx_sink import SinkConfig, SinkError, attach, load
 from mlx_sink.io.terminal import say
+from mlx_sink.measure.comparison.methods import QUANTISED, caches_of, config_of
 from mlx_sink.measure.losses import chunk_losses, cut, recompute
 from mlx_sink.measure.machine import as_json, machine
-from mlx_sink.measure.methods import QUANTISED, caches_of, config_of
 from mlx_sink.models.lazy import DTYPES
 
 METHODS = ("full", "rotating", "window", "recompute", "ours")

@@ -35,8 +35,8 @@ from mlx_sink.commands.compare.panels import wilson
 
 PACKAGE = _checkout.ROOT / "mlx_sink"
 MODULES = shlex.split("""
-    aligned attention budget cache checkpoint choice detokenize draft group hook lending loop
-    randomness reference ring rope session settings storage store text trees
+    aligned budget checkpoint detokenize dispatch group hook kv_sharing loop reference ring rope
+    sampler session settings sink_cache speculative storage stream tensors
 """)
 """What is drawn from: what is wrong in these is wrong in every stream."""
 FEWEST, MOST = 5, 12

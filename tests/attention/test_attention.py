@@ -25,7 +25,8 @@ from tiny import every, mixed
 
 from mlx_sink import SinkConfig
 from mlx_sink.attention.dispatch import sink_attention
-from mlx_sink.attention.ring import Ring, blocks_of, layout_of
+from mlx_sink.attention.layout import blocks_of, layout_of
+from mlx_sink.attention.ring import Ring
 
 TOLERANCES = {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 8e-2}
 """Largest error of outputs of size about 1; half precision rounds q and k after RoPE as well."""

@@ -14,7 +14,8 @@ import pytest
 from tiny import distance, visible
 
 from mlx_sink import CacheError, SinkConfig
-from mlx_sink.attention.ring import Block, Layout, Ring, Run, Turn, blocks_of, layout_of
+from mlx_sink.attention.layout import Block, Layout, blocks_of, layout_of
+from mlx_sink.attention.ring import Ring, Run, Turn
 
 SIZES = list(product(range(5), range(1, 7)))
 

@@ -15,7 +15,8 @@ import pytest
 from test_ring import check_block
 
 from mlx_sink import CacheError, SinkConfig
-from mlx_sink.attention.ring import Ring, Run, blocks_of, layout_of
+from mlx_sink.attention.layout import blocks_of, layout_of
+from mlx_sink.attention.ring import Ring, Run
 
 SIZES = list(product(range(4), range(1, 6)))
 

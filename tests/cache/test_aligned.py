@@ -21,7 +21,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny import cut, distance, every, mixed, visible
 
 from mlx_sink import CacheError, SinkConfig, attach, detach
-from mlx_sink.attention.ring import Turn, layout_of
+from mlx_sink.attention.layout import layout_of
+from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache.aligned import AlignedCache, AlignedRope, Rows, is_doubled, whole
 from mlx_sink.models.trace import rope_call

@@ -21,8 +21,9 @@ from tiny import TOLERANCE, cut, every, mixed, random_tokens
 
 from mlx_sink import SinkConfig, attach
 from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.layout import Layout, blocks_of, layout_of
 from mlx_sink.attention.reference import visible
-from mlx_sink.attention.ring import Layout, Ring, Turn, blocks_of, layout_of
+from mlx_sink.attention.ring import Ring, Turn
 from mlx_sink.cache.sink_cache import SinkCache
 
 CUTS: dict[str, Callable[[], Iterable[int]]] = {

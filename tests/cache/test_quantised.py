@@ -17,8 +17,8 @@ from tiny import TOLERANCE, build, cut, every, mixed, random_tokens, run
 import mlx_sink
 from mlx_sink import CacheError, SessionError, SinkConfig, Stream, UnsupportedModelError, attach
 from mlx_sink.attention.dispatch import sink_attention
+from mlx_sink.attention.layout import layout_of
 from mlx_sink.attention.packed import Packed, packed
-from mlx_sink.attention.ring import layout_of
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.cache.storage import GROWTH, Plain, Quantised

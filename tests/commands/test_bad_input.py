@@ -188,7 +188,7 @@ def _remove(name: str) -> Callable[[Path], None]:
 
 def _index(weight_map: object) -> Callable[[Path], None]:
     index = json.dumps({"weight_map": weight_map}).encode()
-    return _replace("model.safetensors.index.json", index)
+    return _replace(INDEX, index)
 
 
 def _shards(weight_map: dict[str, str]) -> Callable[[Path], None]:
@@ -208,6 +208,14 @@ def _shards(weight_map: dict[str, str]) -> Callable[[Path], None]:
     return damage
 
 
+def _both(*damages: Callable[[Path], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for one in damages:
+            one(folder)
+
+    return damage
+
+
 def _copy(name: str, to: str) -> Callable[[Path], None]:
     return lambda folder: shutil.copy(folder / name, folder / to) and None
 
@@ -223,6 +231,7 @@ def _header(**tensors: object) -> Callable[[Path], None]:
     return _replace("model.safetensors", data)
 
 
+INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
 
 
@@ -242,7 +251,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "unknown model type": (_edit_config(model_type="nonesuch"), ["nonesuch", "not supported"]),
     "key missing": (_replace("config.json", b'{"model_type": "llama"}'), ["hidden_size"]),
     "wrong size": (_edit_config(hidden_size=64), ["cannot load"]),
-    "more layers": (_edit_config(num_hidden_layers=3), ["Missing"]),
+    "more layers": (
+        _edit_config(num_hidden_layers=3),
+        ["Missing 9 parameters: ", "model.layers.2.input_layernorm.weight, model.layers.2."],
+    ),
+    "fewer layers": (
+        _edit_config(num_hidden_layers=1),
+        ["Received 9 parameters not in model: model.layers.1.input_layernorm.weight"],
+    ),
     "no weights": (_remove("model.safetensors"), ["no model*.safetensors"]),
     "weights cut off": (_truncate("model.safetensors", 5000), ["model.safetensors", "damaged"]),
     "weights empty": (_truncate("model.safetensors", 0), ["model.safetensors", "cut off"]),
@@ -253,17 +269,17 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         _replace("model.safetensors", len(LONG_CLAIM).to_bytes(8, "little") + LONG_CLAIM),
         ["damaged"],
     ),
-    "shard missing": (_index({"a": "model-00002.safetensors"}), ["lacks model-00002"]),
-    "index broken": (_index([]), ["weight_map"]),
-    "index empty": (_index({}), ["weight_map"]),
-    "index leads outside": (_index({"a": "../model.safetensors"}), ["'../model", "not a file of"]),
-    "index is absolute": (_index({"a": "/etc/model.safetensors"}), ["'/etc/", "not a file of"]),
-    "index names the parent": (_index({"a": ".."}), ["'..'", "not a file of"]),
-    "index names a pickle": (_index({"a": "model.bin"}), ["'model.bin'", "only model*.safe"]),
-    "index names a number": (_index({"a": 3}), ["'3'", "only model*.safe"]),
-    "index of other files": (
-        _shards({NORM: "model-1.safetensors"} | {"lm_head.weight": "model-2.safetensors"}),
-        ["index.json", "is wrong", "holds no tensor"],
+    "shard missing": (
+        _both(_shards({}), _remove("model-2.safetensors")),
+        ["lacks model-2.safetensors, which its index names", "Missing", "parameters: model."],
+    ),
+    "shards missing": (
+        _both(_shards({NORM: "model-3.safetensors"}), _remove("model-1.safetensors")),
+        ["lacks model-1.safetensors and 1 more"],
+    ),
+    "shard missing, no index": (
+        _both(_shards({}), _remove("model-1.safetensors"), _remove(INDEX)),
+        ["Missing", "parameters: "],
     ),
     "a tensor twice": (
         _copy("model.safetensors", "model-old.safetensors"),

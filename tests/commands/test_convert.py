@@ -26,7 +26,7 @@ from mlx_sink.commands.convert import progress as writing
 from mlx_sink.commands.convert.command import PROG, main
 from mlx_sink.commands.convert.convert import Recipe, Text, convert
 from mlx_sink.io import atomic
-from mlx_sink.models import checkpoint
+from mlx_sink.models.checkpoints import checkpoint
 
 WORDS = "the cat and the dog went to the sea and the cat sat down. "
 

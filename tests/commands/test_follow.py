@@ -19,8 +19,8 @@ from mlx_sink import SessionError, SinkConfig, Stream
 from mlx_sink.commands.generate.autosave import Answering, Runner
 from mlx_sink.commands.generate.follow import Follower
 from mlx_sink.commands.generate.tail import Tail
-from mlx_sink.stream.chat import frame
 from mlx_sink.stream.loop import Sampling
+from mlx_sink.stream.text.chat import frame
 
 CONFIG = SinkConfig(num_sinks=4, window=28)
 LINES = ["the cat went to the sea\n", "@@\n", "\n", "the dog\n", " @@ \n", "é and the cat\n"]

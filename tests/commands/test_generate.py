@@ -19,7 +19,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.commands.generate.command import main
-from mlx_sink.stream.text import StopStrings
+from mlx_sink.stream.text.stop_strings import StopStrings
 
 CONFIG = SinkConfig(num_sinks=4, window=28)
 
@@ -236,8 +236,15 @@ def test_prompt_from_a_file_and_from_stdin(folder: Path, tmp_path: Path):
     ]
     assert outputs[0].stdout == outputs[1].stdout != ""
     for output in outputs:
-        assert "reading" in output.stderr  # progress, as the prompt takes several steps
-        assert json.loads(output.stderr.splitlines()[-1])["prompt_tokens"] > 64
+        assert json.loads(output.stderr)["prompt_tokens"] > 64
+
+
+def test_progress_of_a_prompt_of_several_steps(folder: Path, tmp_path: Path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("the cat went to the sea\n" * 20)
+    options = ["--prompt-file", str(file), "-m", "2", "--prefill-step-size", "64"]
+    done = subprocess.run(command(folder, *options), capture_output=True, text=True)
+    assert "reading" in done.stderr
 
 
 def test_closed_pipe_ends_quietly(folder: Path):

@@ -16,7 +16,7 @@ from made_up_results import values
 from matplotlib.image import imread
 
 from mlx_sink.commands.compare.page import page
-from mlx_sink.measure.results import Results
+from mlx_sink.measure.comparison.results import Results
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),

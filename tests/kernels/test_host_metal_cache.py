@@ -46,21 +46,26 @@ def test_the_second_run_compiles_nothing(folder: Path, monkeypatch: pytest.Monke
     assert kernels(folder) == {name}
 
 
-@pytest.mark.parametrize("what", ["text", "header", "flags", "compiler"])
+@pytest.mark.parametrize("what", ["unit", "headers", "flags", "compiler"])
 def test_what_it_depends_on_is_in_its_name(
-    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run()
-    before = kernels(folder)
+    def compiled(command: list[str], input_: str = "") -> str:
+        Path(command[command.index("-o") + 1]).touch()
+        return ""
+
+    monkeypatch.setenv("HOST_METAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", compiled)
+    before = build.build_runner("a unit")
+    assert build.build_runner("a unit") == before
     match what:
-        case "header":
-            monkeypatch.setattr(build, "_headers_stamp", lambda: "another")
+        case "headers":
+            monkeypatch.setattr(build, "_headers_stamp", lambda: "others")
         case "flags":
             monkeypatch.setattr(build, "_KERNEL_FLAGS", [*build._KERNEL_FLAGS, "-DANOTHER"])
         case "compiler":
             monkeypatch.setattr(build, "_version", lambda _: "g++ 99.0.0")
-    run(SOURCE + "int another = 0;\n" if what == "text" else SOURCE)
-    assert before < kernels(folder)
+    assert build.build_runner("another" if what == "unit" else "a unit") != before
 
 
 UNITS = [f'extern "C" void hm_kernel(void* const*, const void*) {{}} // {i}' for i in range(4)]

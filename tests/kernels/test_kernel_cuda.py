@@ -17,7 +17,7 @@ from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.kernels import check_decode, source, trust
 from mlx_sink.attention.kernels import decode as kernel
 from mlx_sink.attention.kernels import decode_packed as packed
-from mlx_sink.attention.ring import layout_of
+from mlx_sink.attention.layout import layout_of
 from mlx_sink.attention.rope import Rotation
 
 RING = (ring_at(4, 90, 215, epoch=100),)

@@ -22,7 +22,8 @@ from test_kernel_decode import TOLERANCES, view_of
 from mlx_sink.attention.kernels import prefill as kernel
 from mlx_sink.attention.kernels import source
 from mlx_sink.attention.kernels.tables import PrefillTables, prefill_tables
-from mlx_sink.attention.ring import Layout, Ring, Run, layout_of
+from mlx_sink.attention.layout import Layout, layout_of
+from mlx_sink.attention.ring import Ring, Run
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
 

@@ -26,7 +26,8 @@ from mlx_sink.attention import dispatch as attention
 from mlx_sink.attention import reference
 from mlx_sink.attention.dispatch import sink_attention
 from mlx_sink.attention.kernels import check_decode, check_prefill, source, trust
-from mlx_sink.attention.ring import Ring, layout_of
+from mlx_sink.attention.layout import layout_of
+from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
 

@@ -163,13 +163,15 @@ def test_the_plan_shows_layers_and_tokens(tmp_path: Path, capsys: pytest.Capture
     from mlx_sink.commands.generate.command import main
 
     folder = make_folder(tmp_path / "m")
-    argv = ["--model", str(folder), "-p", "the cat", "-m", "2", "--memory", "4MB", "--json"]
-    assert main([*argv, "--prefill-step-size", "64"]) == 0
+    argv = ["--model", str(folder), "-p", "the cat", "-m", "2", "--memory", "4MB"]
+    argv += ["--prefill-step-size", "64"]
+    assert main(argv) == 0
     said = capsys.readouterr().err
     assert "bytes/token" in said
     assert "weights" in said
     assert "of 4.00 MB" in said
-    memory = json.loads(said.splitlines()[-1])["memory"]
+    assert main([*argv, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().err)["memory"]
     assert memory["total"] == sum(memory[name] for name in ("weights", "cache", "workspace"))
     report = attach(mlx_lm.load(str(folder))[0], SinkConfig(4, 60))
     assert memory["report"] == report.to_dict()

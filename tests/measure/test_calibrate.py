@@ -24,7 +24,7 @@ from mlx_sink.commands.convert import card as files
 from mlx_sink.measure.calibrate import TOLERANCE, Calibration, Candidate, calibrate
 from mlx_sink.measure.sink_share import FIRST, sink_share
 from mlx_sink.models.architectures import VERIFIED
-from mlx_sink.models.settings import Settings
+from mlx_sink.models.checkpoints.settings import Settings
 
 WORDS = "the cat and the dog went to the sea and the cat sat down. "
 

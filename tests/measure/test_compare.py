@@ -18,9 +18,10 @@ from mlx_sink.commands.compare.command import lengths_of, main
 from mlx_sink.commands.compare.page import notes
 from mlx_sink.commands.compare.panels import panels, wilson
 from mlx_sink.errors import InputError
-from mlx_sink.measure import losses, needles
-from mlx_sink.measure.methods import SAMPLED, USUAL
-from mlx_sink.measure.results import LINES, Results, Score
+from mlx_sink.measure import losses
+from mlx_sink.measure.comparison import needles
+from mlx_sink.measure.comparison.methods import SAMPLED, USUAL
+from mlx_sink.measure.comparison.results import LINES, Results, Score
 
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
 SIZES = ["--num-sinks", "2", "--window", "22", "--prefill-step-size", "16", "--samples", "4"]

@@ -18,7 +18,7 @@ import pytest
 from mlx_sink.commands.compare import command
 from mlx_sink.io import tensors
 from mlx_sink.measure import machine
-from mlx_sink.measure.results import Results
+from mlx_sink.measure.comparison.results import Results
 from mlx_sink.models import demo
 
 DATA = Path(__file__).with_name("data")

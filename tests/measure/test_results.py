@@ -15,7 +15,7 @@ from mlx_sink.commands import plots
 from mlx_sink.commands.compare.page import notes, picture
 from mlx_sink.commands.compare.panels import draw, panels, span_of
 from mlx_sink.errors import InputError
-from mlx_sink.measure.results import Results
+from mlx_sink.measure.comparison.results import Results
 
 NEVER: tuple[Any, ...] = ("\ud800", 1e40, float("nan"))
 """Values that stand nowhere in results."""

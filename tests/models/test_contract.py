@@ -28,7 +28,7 @@ from tiny import (
 )
 
 from mlx_sink import SinkConfig, attach
-from mlx_sink.attention.ring import blocks_of, layout_of
+from mlx_sink.attention.layout import blocks_of, layout_of
 from mlx_sink.config import DEFAULT_EPOCH
 from mlx_sink.models.architectures import VERIFIED
 

@@ -12,7 +12,7 @@ from folder import make_folder
 import mlx_sink
 from mlx_sink import ConfigError, ModelError, SinkConfig
 from mlx_sink.commands.generate.command import main
-from mlx_sink.models.settings import Settings, apply
+from mlx_sink.models.checkpoints.settings import Settings, apply
 
 CONTEXT = 64
 

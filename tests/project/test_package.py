@@ -50,7 +50,11 @@ def test_every_folder_says_what_it_is_for():
 
 
 PLANTED = {
-    "an upward import": ("io/units.py", "from mlx_sink.stream import loop", "Packages point"),
+    "an upward import": (
+        "io/units.py",
+        "from mlx_sink.stream import loop",
+        "Packages point one way",
+    ),
     "a new package": ("batching/__init__.py", '"""New."""', "Packages point one way"),
     "mlx-lm in attention": ("attention/ring.py", "import mlx_lm", "mlx-lm has few doors"),
     "arrays in the integers": ("attention/ring.py", "import numpy", "Integers know no arrays"),

@@ -249,3 +249,15 @@ def test_sweep_reports_what_fails(
     monkeypatch.setattr(source, "text", lambda name: text(name).replace("* fade +", "+"))
     assert sweep_kernel.main(["--calls", "2"]) == 1
     assert "off by" in capsys.readouterr().out
+
+
+def test_bench_convert_measures_every_converter(capsys: pytest.CaptureFixture[str]):
+    """Its code for a process of its own is a text, which no linter reads."""
+    import bench_convert
+
+    argv = ["--megabytes", "1", "--shard-megabytes", "1", "--rounds", "1"]
+    assert bench_convert.main(argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["runs"]) == {"lazy", "mlx_lm", "synced", "ours"}
+    assert all(run["seconds"] > 0 for runs in result["runs"].values() for run in runs)
+    assert all(map(math.isfinite, numbers(result)))

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sink import InputError
-from mlx_sink.stream.detokenize import LINE, Detokenizer, detokenizer_for
+from mlx_sink.stream.text.detokenize import LINE, Detokenizer, detokenizer_for
 
 WORDS = ["the", "cat", "a", "語", "é", "\U0001f600", ".", ",", "n't", "\n", "\ufffd", "  ", "!"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from every import tiny
@@ -103,10 +104,11 @@ def test_any_draft_will_do(seed: int):
     assert all(0 <= mine.draft.acceptance <= 1 for mine in (same, other, smaller))
 
 
-class Chain:
+class Chain(nn.Module):
     """A model for which the next token depends on the newest alone."""
 
     def __init__(self, seed: int, vocabulary: int = 5):
+        super().__init__()
         shape, key = (vocabulary, vocabulary), mx.random.key(seed)
         self.logits = mx.random.normal(shape, key=key)
         self.most = 0

@@ -18,8 +18,7 @@ from tiny import VOCABULARY, build
 from mlx_sink import CacheError, SinkConfig, attach
 from mlx_sink.models.attach import make_cache
 from mlx_sink.stream.loop import Loop
-from mlx_sink.stream.randomness import fresh_key, seeded
-from mlx_sink.stream.sampler import Sampling, greedy
+from mlx_sink.stream.sampler import Sampling, fresh_key, greedy, seeded
 
 CONFIG = SinkConfig(num_sinks=2, window=10, epoch=16)
 PROMPT = [5, 9, 2, 44, 17, 5, 5, 30, 8, 1, 60, 2, 7]

@@ -16,7 +16,8 @@ from tiny import distance, visible
 
 from mlx_sink.attention.kernels.decode import decode
 from mlx_sink.attention.kernels.tables import DecodeTables, decode_tables
-from mlx_sink.attention.ring import Layout, Ring, layout_of
+from mlx_sink.attention.layout import Layout, layout_of
+from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 
 BASE = 100.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_sink.measure.methods import NAMES
+from mlx_sink.measure.comparison.methods import NAMES
 
 
 def values() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_sink.attention.kernels import inputs, source
 from mlx_sink.attention.kernels.tables import MAX_QUERIES, MAX_RANGES, DecodeTables
-from mlx_sink.attention.ring import Block, Layout
+from mlx_sink.attention.layout import Block, Layout
 from mlx_sink.errors import KernelError
 
 TEXTS = ("decode_common", "decode_plain", "decode", "decode_merge")

@@ -9,8 +9,9 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_sink.attention import reference
+from mlx_sink.attention.layout import Layout, blocks_of, layout_of
 from mlx_sink.attention.packed import Packed, packed
-from mlx_sink.attention.ring import Layout, Ring, blocks_of, layout_of
+from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 
 RINGS = (

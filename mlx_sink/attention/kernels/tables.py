@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_sink.attention.ring import Block, KeyRange, Layout, Turn
+from mlx_sink.attention.layout import Block, KeyRange, Layout
+from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.errors import KernelError
 

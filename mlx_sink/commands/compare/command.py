@@ -24,15 +24,20 @@ from mlx_sink.io import lock, terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
-from mlx_sink.measure import comparison_file, losses, methods, needles
-from mlx_sink.measure.comparison import Comparison, ComparisonSettings
+from mlx_sink.measure import losses
+from mlx_sink.measure.comparison import file as comparison_file
+from mlx_sink.measure.comparison import methods, needles
+from mlx_sink.measure.comparison.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
+from mlx_sink.measure.comparison.run import Comparison, ComparisonSettings
 from mlx_sink.measure.machine import as_json, machine
-from mlx_sink.measure.results import LINES, NEEDLE, ModelInfo, Results, Score, TextInfo
-from mlx_sink.models import settings as own_settings
 from mlx_sink.models.attach import attach
+from mlx_sink.models.checkpoints import settings as own_settings
 from mlx_sink.models.lazy import weight_bytes
 from mlx_sink.models.load import load_unattached
+from mlx_sink.models.vocabulary import vocabulary
 from mlx_sink.stream.session import fingerprint
+from mlx_sink.stream.text.encode import Encoder, Piece
+from mlx_sink.stream.text.tokens import token_ids
 
 PROG = program("compare")
 DESCRIPTION = (
@@ -137,6 +142,7 @@ class _Run:
         )
         self.model = model
         config, _ = own_settings.apply(own, context, args.num_sinks, args.window)
+        self._encoder, self._vocabulary = Encoder(self.tokenizer), vocabulary(model)
         ids = self.encode(text)
         self.inputs, targets = losses.cut(ids, self.tokenizer.bos_token_id)
         here = machine()
@@ -174,7 +180,9 @@ class _Run:
         self._saved = time.monotonic()
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Return the tokens of a text, in which no word is a control token."""
+        ids = self._encoder.encode(Piece(text))
+        return token_ids(ids, self._vocabulary, self.tokenizer)
 
     def go(self) -> None:
         """Run to the end, and leave the results and the page."""

@@ -1,4 +1,4 @@
-"""A comparison as one page that needs nothing else: no network, no script."""
+"""Render a comparison as one HTML page that needs no network and no script."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from mlx_sink.commands import plots
 from mlx_sink.commands.compare.panels import STYLES, Panel, Spread, draw, panels, span_of, wilson
-from mlx_sink.measure.methods import NAMES
-from mlx_sink.measure.results import Results
+from mlx_sink.measure.comparison.methods import NAMES
+from mlx_sink.measure.comparison.results import Results
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }

@@ -9,8 +9,8 @@ from typing import Any
 
 from mlx_sink.commands import plots
 from mlx_sink.io.units import format_bytes, short
-from mlx_sink.measure.methods import NAMES, SAMPLED
-from mlx_sink.measure.results import LINES, NEEDLE, Measurement, Results, Score
+from mlx_sink.measure.comparison.methods import NAMES, SAMPLED
+from mlx_sink.measure.comparison.results import LINES, NEEDLE, Measurement, Results, Score
 
 # Okabe and Ito, 2008: people with any colour vision tell these apart, on light and on dark.
 STYLES: dict[str, dict[str, Any]] = {

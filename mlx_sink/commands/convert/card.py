@@ -1,4 +1,4 @@
-"""What a calibration leaves in a model's folder: a section of config.json, SINK.md, a heat map."""
+"""Write a calibration into a model's folder: a section of config.json, SINK.md, a heat map."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, Candidate
 from mlx_sink.measure.sink_share import SinkShare
 from mlx_sink.models import demo
-from mlx_sink.models.checkpoint import read_json
-from mlx_sink.models.settings import SECTION
+from mlx_sink.models.checkpoints.checkpoint import read_json
+from mlx_sink.models.checkpoints.settings import SECTION
 
 CARD, PICTURE = "SINK.md", "SINK.png"
 SAMPLE = "the short story that comes with mlx_sink"

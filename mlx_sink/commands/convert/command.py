@@ -20,7 +20,8 @@ from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.units import format_bytes
-from mlx_sink.models.lazy import DTYPES, MODES
+from mlx_sink.models.checkpoints.quantization import MODES
+from mlx_sink.models.lazy import DTYPES
 
 PROG = program("convert")
 

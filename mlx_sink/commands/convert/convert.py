@@ -23,13 +23,13 @@ from mlx_sink.errors import OutputError, one_line
 from mlx_sink.io import atomic, lock, terminal
 from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
-from mlx_sink.models import checkpoint, settings
 from mlx_sink.models.attach import attach, detach
-from mlx_sink.models.checkpoint import Checkpoint
-from mlx_sink.models.lazy import parameters, weight_bytes
-from mlx_sink.models.load import by_mlx_lm, find, is_remote, load_unattached
+from mlx_sink.models.checkpoints import checkpoint, settings
+from mlx_sink.models.checkpoints.checkpoint import Checkpoint
+from mlx_sink.models.checkpoints.settings import Settings
+from mlx_sink.models.lazy import parameters, set_parameters, weight_bytes
+from mlx_sink.models.load import by_mlx_lm, find_checkpoint, load_unattached, repository_of
 from mlx_sink.models.report import Report
-from mlx_sink.models.settings import Settings
 
 
 class Text(NamedTuple):
@@ -125,14 +125,10 @@ def _convert(
     trust_remote_code: bool,
 ) -> Converted:
     start = time.perf_counter()
-    source = checkpoint.check(find(name, revision))
+    source = find_checkpoint(name, revision)
     # Lazily: shapes and types are known, no weight is read yet.
     model, tokenizer, config = by_mlx_lm(
-        name,
-        source.path,
-        lazy=True,
-        model_config=checkpoint.for_mlx_lm(source.config),
-        trust_remote_code=trust_remote_code,
+        name, source, lazy=True, trust_remote_code=trust_remote_code
     )
     own = Settings.of(config)
     context = checkpoint.trained_context(config)
@@ -149,8 +145,8 @@ def _convert(
             with writing.progress(folder, nbytes, shards):
                 _save(folder, source, model, tokenizer, config)
             del model
-            if is_remote(name):
-                _write_card(folder, name)
+            if repository := repository_of(name):
+                _write_card(folder, repository)
             checkpoint.check(folder)
             if calibrate_on is not None:
                 calibration, report = _calibrated(folder, calibrate_on, trust_remote_code)
@@ -172,8 +168,11 @@ def _check_target(path: Path) -> None:
 def _report(model: nn.Module, own: Settings, context: int | None) -> Report:
     """Make sure that the model will stream before anything is written."""
     config, sources = settings.apply(own, context)
+    # A forward pass may change weights: Gemma 3n's clips some, in float32.
+    weights = parameters(model)
     report = replace(attach(model, config), sources=sources)
     detach(model)
+    set_parameters(model, weights)
     return report
 
 

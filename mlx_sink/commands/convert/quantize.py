@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.errors import ConfigError
-from mlx_sink.models.lazy import DTYPES, MODES, cast_weights, weight_bytes
+from mlx_sink.models.checkpoints.quantization import MODES
+from mlx_sink.models.lazy import cast_weights, dtype_of, weight_bytes
 
 # `mlx_lm.convert` is the function: it has taken the module's place in the package.
 _converter: Any = import_module("mlx_lm.convert")
@@ -74,10 +75,9 @@ def rewritten(
     Raises:
         ConfigError: The recipe does not fit the model.
     """
-    inner = cast("dict[str, Any]", config.get("text_config") or {})
-    dtype: object = recipe.dtype or config.get("torch_dtype") or inner.get("dtype")
-    if dtype in DTYPES:
-        cast_weights(model, str(dtype))
+    dtype = recipe.dtype or dtype_of(config)
+    if dtype is not None:
+        cast_weights(model, dtype)
     if not recipe.quantize:
         return model, config
     before = weight_bytes(model)

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_sink.commands.generate.options import SAVE_EVERY
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import OutputError
 from mlx_sink.io import terminal
 from mlx_sink.stream.loop import Progress, Sampling, quiet
 from mlx_sink.stream.stream import GenerationResponse, Stream
-
-SAVE_EVERY = 1024
-"""Tokens after which a session is saved, unless stated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +24,7 @@ class Answering:
     max_tokens: int = 256
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    show_special_tokens: bool = False
 
 
 class Runner:
@@ -135,6 +134,7 @@ class Runner:
             logits_processors=how.sampling.processors,
             stop=how.stop,
             ignore_eos=how.ignore_eos,
+            show_special_tokens=how.show_special_tokens,
             flush=False,
         ):
             self.last = response

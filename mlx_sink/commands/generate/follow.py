@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from mlx_sink.commands.generate.autosave import Runner
-from mlx_sink.commands.generate.tail import LONGEST, MARK, Tail
-from mlx_sink.errors import ConfigError, SessionError
+from mlx_sink.commands.generate.tail import MARK, Tail
+from mlx_sink.errors import SessionError
 from mlx_sink.io import terminal
-from mlx_sink.stream.chat import Frame, render_again
 from mlx_sink.stream.session import natural
+from mlx_sink.stream.text.chat import Frame, render_again
+from mlx_sink.stream.text.encode import Encoder, Piece
 
 LONG = 1 << 18
 """Bytes of a file that take a while to read: from here on a bar is shown."""
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    p.add_argument(
-        "--follow",
-        metavar="FILE",
-        help="read a file line by line and what is appended to it later, or standard input "
-        "('-'), until Ctrl-C; --prompt is then the question",
-    )
-    p.add_argument("--marker", metavar="LINE", help="with --follow: the line to answer at")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise for options that do not go together.
-
-    Raises:
-        ConfigError: They do not.
-    """
-    if args.follow is None:
-        if args.marker is not None:
-            raise ConfigError("--marker needs --follow")
-        return
-    marker = args.marker
-    if marker is None:
-        raise ConfigError("--follow needs --marker LINE: the line at which to answer")
-    if not marker.strip() or "\n" in marker or len(marker.encode()) > LONGEST // 2:
-        raise ConfigError(f"--marker must be one short line that is not blank, got {marker!r}")
-    if args.prompt_file is not None or args.prompt == "-" or args.prefill_response is not None:
-        raise ConfigError("with --follow, the question is stated by --prompt TEXT")
-    if args.max_tokens < 0 and args.ignore_eos:
-        raise ConfigError("with --follow, an answer must end: leave --ignore-eos or -m -1 out")
 
 
 def check_place(place: Any) -> None:
@@ -77,6 +45,7 @@ class Follower:
         marker: The line to answer at, spaces around it aside. It is not read itself.
         around: What the chat template writes around each turn.
         question: What is asked at each marker, after all that was read.
+        special: Control tokens count in what is read; by default they are text there.
 
     Raises:
         InputError: The file cannot be read.
@@ -84,11 +53,18 @@ class Follower:
     """
 
     def __init__(
-        self, runner: Runner, source: str, marker: str, around: Frame, question: str | None = None
+        self,
+        runner: Runner,
+        source: str,
+        marker: str,
+        around: Frame,
+        question: str | None = None,
+        *,
+        special: bool = False,
     ):
         self._runner, self._marker, self._around = runner, marker.strip(), around
-        self._question = question
-        self._encode = cast("Callable[..., list[int]]", runner.stream.tokenizer.encode)
+        self._question, self._special = question or "", special
+        self._encoder = Encoder(runner.stream.tokenizer)
         saved = runner.place.get("follow")
         try:
             if saved is not None:
@@ -106,8 +82,8 @@ class Follower:
         runner = self._runner
         self._note_place()
         if runner.stream.position == 0:
-            before, special = self._around.before, self._around.special
-            self._waiting = list(self._encode(before, add_special_tokens=special))
+            around = self._around
+            self._waiting = self._encoder.encode(*around.before, first=around.first)
         elif not self._began:
             self._read_again()
         if self._place["answering"]:
@@ -125,7 +101,7 @@ class Follower:
                 elif piece.whole and piece.text.strip() == self._marker:
                     self._answer()
                 else:
-                    self._waiting += self._encode(piece.text, add_special_tokens=False)
+                    self._waiting += self._encoder.encode(Piece(piece.text, self._special))
                     bar.update(len(piece.text.encode()))
                     if len(self._waiting) >= runner.step:
                         self._read()
@@ -156,8 +132,7 @@ class Follower:
 
     def _answer(self) -> None:
         """Read what waits and the question, and answer; nothing is saved before the answer is."""
-        question = (self._question or "") + self._around.ask
-        asked = self._encode(question, add_special_tokens=False) if question else []
+        asked = self._encoder.encode(Piece(self._question, self._special), *self._around.ask)
         self._read_now([*self._waiting, *asked])
         self._waiting = []
         self._note_place()

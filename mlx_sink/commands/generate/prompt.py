@@ -11,7 +11,8 @@ from mlx_sink.commands.generate import resume as turns
 from mlx_sink.errors import ConfigError, InputError
 from mlx_sink.io import text as text_io
 from mlx_sink.models.load import DEMO
-from mlx_sink.stream.chat import Frame, frame, render, render_again
+from mlx_sink.stream.text.chat import Frame, frame, render, render_again
+from mlx_sink.stream.text.encode import Encoder
 
 
 class Asked:
@@ -25,6 +26,7 @@ class Asked:
     Attributes:
         text: What is asked; ``None`` for nothing.
         name: A sum by which it is known again; ``None`` for nothing.
+        is_chat: A chat template stands around it.
 
     Raises:
         InputError: It cannot be read, or is empty.
@@ -33,10 +35,12 @@ class Asked:
     def __init__(self, args: argparse.Namespace, tokenizer: Any, *, fresh: bool):
         self._args, self._tokenizer = args, tokenizer
         self._options = _options(args.chat_template_config)
+        self.is_chat = bool(tokenizer.has_chat_template and not args.ignore_chat_template)
         self.text = _text(args, fresh and args.follow is None)
         if self.text is not None and not self.text.strip():
             raise InputError("the prompt is empty")
-        told = (args.system_prompt, args.prefill_response, args.ignore_chat_template)
+        told = [args.system_prompt, args.prefill_response, args.ignore_chat_template]
+        told += [args.allow_special_tokens] if args.allow_special_tokens else []
         same = turns.name_of(self.text, *told, self._options)
         self.name = None if self.text is None else same
 
@@ -47,6 +51,7 @@ class Asked:
             system=self._args.system_prompt,
             chat=not self._args.ignore_chat_template,
             template_options=self._options,
+            special=self._args.allow_special_tokens,
         )
 
     def tokens(self, first: bool, ended: bool) -> list[int]:
@@ -55,10 +60,17 @@ class Asked:
         if first:
             return self._first(self.text)[0]
         around = self.around()
-        if around.special:  # without a template, text goes on as it is
-            around = around._replace(again="")
-        text = self.text + around.ask + (self._args.prefill_response or "")
-        return render_again(self._tokenizer, text, around, ended)
+        if around.first:  # without a template, text goes on as it is
+            around = around._replace(again=())
+        args = self._args
+        return render_again(
+            self._tokenizer,
+            self.text,
+            around,
+            ended,
+            response=args.prefill_response or "",
+            special=args.allow_special_tokens,
+        )
 
     def pinned(self) -> int:
         """Return how many of the first tokens are the system prompt.
@@ -71,7 +83,7 @@ class Asked:
         if self._args.follow is None:
             return self._first(self.text or "hello")[1]
         around = self.around()
-        return len(self._tokenizer.encode(around.before, add_special_tokens=around.special))
+        return len(Encoder(self._tokenizer).encode(*around.before, first=around.first))
 
     def _first(self, text: str) -> tuple[list[int], int]:
         args = self._args
@@ -82,6 +94,7 @@ class Asked:
             chat=not args.ignore_chat_template,
             response=args.prefill_response,
             template_options=self._options,
+            special=args.allow_special_tokens,
         )
 
 
@@ -91,7 +104,7 @@ def _text(args: argparse.Namespace, fresh: bool) -> str | None:
     if args.prompt == "-":
         return text_io.read(sys.stdin.buffer, "standard input")
     if args.prompt is not None:
-        return args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+        return args.prompt
     if not fresh:
         return None
     return "Once upon a time" if args.model == DEMO else "hello"

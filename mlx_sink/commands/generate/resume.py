@@ -6,53 +6,19 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mlx_sink.commands.generate.autosave import SAVE_EVERY, Runner
+from mlx_sink.commands.generate.autosave import Runner
 from mlx_sink.commands.generate.follow import check_place
-from mlx_sink.commands.numbers import add_integer
 from mlx_sink.commands.options import Parser, text_of
 from mlx_sink.errors import ConfigError, SessionError
-from mlx_sink.io import lock, terminal
 from mlx_sink.stream import session
 from mlx_sink.stream.loop import Progress
 from mlx_sink.stream.session import Saved, natural
 
 OTHERS = ("seed", "stop", "extra_eos_token", "ignore_eos")
 """Options besides those of sampling on which the text depends."""
-
-
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    p.add_argument(
-        "--session",
-        metavar="FILE",
-        help="save everything here as it goes, and go on from it if it exists, exactly",
-    )
-    add_integer(
-        p,
-        "--save-every",
-        least=1,
-        default=SAVE_EVERY,
-        help="with --session: tokens between two saves",
-    )
-
-
-def locked(args: argparse.Namespace) -> AbstractContextManager[None]:
-    """Return what keeps other processes off the session while the command runs."""
-    if args.session is None:
-        return nullcontext()
-    return lock.holding(Path(args.session), f"session {args.session!r}", warn=terminal.warn)
-
-
-def given(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return the options that were given, without defaults."""
-    unset = object()
-    names = vars(p.parse_args([]))
-    parsed = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-    return {name: value for name, value in vars(parsed).items() if value is not unset}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_sink.io.units import format_bytes
+from mlx_sink.models.checkpoints.settings import SECTION_SOURCE
 from mlx_sink.models.load import DEMO
-from mlx_sink.models.settings import SECTION_SOURCE
 
 
 def summary(s: dict[str, Any], prog: str) -> str:

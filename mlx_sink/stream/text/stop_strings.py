@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_sink.stream.detokenize import Detokenizer, check
+from mlx_sink.stream.text.detokenize import Detokenizer, check
 
 
 class StopStrings:
@@ -51,7 +51,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class Text:
+class ShownText:
     """The text of one answer: from tokens to what can be shown, and whether it is over.
 
     Args:
@@ -83,7 +83,7 @@ class Text:
         return [list(self.stops), self._detokenizer.state(), self._search.held]
 
     @classmethod
-    def restored(cls, detokenizer: Detokenizer, state: list[Any]) -> Text:
+    def restored(cls, detokenizer: Detokenizer, state: list[Any]) -> ShownText:
         """Go on from a `state` with a fresh detokenizer."""
         check(state, list, list, str)
         stops, inner, held = state

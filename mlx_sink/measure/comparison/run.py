@@ -20,10 +20,11 @@ import numpy as np
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError, UnsupportedModelError
-from mlx_sink.measure import losses, methods
+from mlx_sink.measure import losses
+from mlx_sink.measure.comparison import methods
+from mlx_sink.measure.comparison.results import BesideRecompute, Measurement, MethodResult
 from mlx_sink.measure.losses import Losses, Mean, Tokens
 from mlx_sink.measure.machine import timed
-from mlx_sink.measure.results import BesideRecompute, Measurement, MethodResult
 from mlx_sink.models.lazy import weight_bytes
 
 STEPS = 32

@@ -14,8 +14,8 @@ from typing import Any, cast
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError
 from mlx_sink.io import records
+from mlx_sink.measure.comparison.methods import NAMES
 from mlx_sink.measure.machine import Machine
-from mlx_sink.measure.methods import NAMES
 
 VERSION_KEY = "mlx_sink_compare"
 VERSION = 1

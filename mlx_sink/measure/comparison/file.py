@@ -16,8 +16,8 @@ import numpy as np
 
 from mlx_sink.errors import InputError, SessionError
 from mlx_sink.io import records, tensors
-from mlx_sink.measure.comparison import Comparison, ComparisonSettings, MethodRun
-from mlx_sink.measure.results import Measurement, Score
+from mlx_sink.measure.comparison.results import Measurement, Score
+from mlx_sink.measure.comparison.run import Comparison, ComparisonSettings, MethodRun
 
 
 @dataclass(frozen=True, slots=True)

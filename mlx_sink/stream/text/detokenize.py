@@ -7,7 +7,11 @@ the text to come depends on, and can be saved and restored at any token.
 from __future__ import annotations
 
 import codecs
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 from mlx_lm.tokenizer_utils import (
     BPEStreamingDetokenizer,
@@ -24,6 +28,15 @@ TAIL = 32
 """Tokens that go on being decoded with what follows when the beginning is settled."""
 
 REPLACEMENT = "\ufffd"
+
+SAMPLE = "The quick brown fox: na\u00efve caf\u00e9, \u8a9e \U0001f600\n\tdef f(a):\n    return a"
+"""What a detokenizer must give back: words, spaces, lines, and characters of several bytes."""
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""The word of a token that is one byte, in SentencePiece's vocabularies."""
+
+PROOF = 200
+"""Words of a vocabulary that are looked at where the sample says nothing."""
 
 
 class Detokenizer(Protocol):
@@ -51,7 +64,10 @@ class Detokenizer(Protocol):
 
 
 def detokenizer_for(tokenizer: Any) -> Detokenizer:
-    """Return a detokenizer whose text is that of the one mlx-lm chose for a tokenizer.
+    """Return a detokenizer: of the kind that mlx-lm chose, if that one gives text back.
+
+    mlx-lm goes by the decoder that the tokenizer's file names, and some files name one that does
+    not fit their vocabulary. So the choice is put to the proof, once for a tokenizer.
 
     Args:
         tokenizer: mlx-lm's ``TokenizerWrapper``.
@@ -59,14 +75,63 @@ def detokenizer_for(tokenizer: Any) -> Detokenizer:
     Raises:
         InputError: mlx-lm's detokenizer is of a kind that is not known here.
     """
+    make = _makers.get(tokenizer)
+    if make is None:
+        make = _makers[tokenizer] = _proven(tokenizer)
+    return make()
+
+
+_makers: WeakKeyDictionary[Any, Callable[[], Detokenizer]] = WeakKeyDictionary()
+
+
+def _proven(tokenizer: Any) -> Callable[[], Detokenizer]:
+    """Return what makes the first detokenizer that gives a sample back as it was."""
+    theirs = _chosen_by_mlx_lm(tokenizer)
+    ids = list(cast("Iterable[int]", tokenizer.encode(SAMPLE, add_special_tokens=False)))
+    if _text(theirs, ids) == SAMPLE:
+        return theirs
+    inner = tokenizer._tokenizer
+    named = cast("list[str | None]", inner.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    words = [word or "" for word in named]  # an id may have no word
+    byte_level = partial(ByteLevel, words)
+    trim_space = not str(inner.decode(ids)).startswith(" ")
+    pieces = [bytes.fromhex(w[3:5]) if BYTE.fullmatch(w) else w.encode() for w in words]
+    spaced = partial(SentencePiece, pieces, trim_space=trim_space)
+    by_decode = partial(AnyTokenizer, inner, clean_spaces=False)
+    for make in (byte_level, spaced, by_decode):
+        if _text(make, ids) == SAMPLE:
+            return make
+    # The sample is nothing to this tokenizer: its own words must do.
+    after_space = [n for n, word in enumerate(words) if word.startswith(ByteLevel.SPACE)]
+    if len(after_space) > sum(word.startswith("\u2581") for word in words):
+        printed = _text(theirs, after_space[:PROOF])
+        return byte_level if ByteLevel.SPACE in printed else theirs
+    added = cast("dict[int, Any]", inner.added_tokens_decoder)
+    plain = [n for n in range(len(words)) if n not in added and words[n]]
+    few = plain[:: max(1, len(plain) // PROOF)]
+    decoded = [(n, _text(by_decode, [n])) for n in few]
+    # A byte of a character alone says nothing.
+    known = [(n, text) for n, text in decoded if REPLACEMENT not in text]
+    return theirs if all(_text(theirs, [n]) == text for n, text in known) else by_decode
+
+
+def _text(make: Callable[[], Detokenizer], ids: Sequence[int]) -> str:
+    """Return the text of tokens, without the space that some put before one."""
+    detokenizer = make()
+    text = "".join(map(detokenizer.feed, ids)) + detokenizer.finish()
+    return text.removeprefix(" ")
+
+
+def _chosen_by_mlx_lm(tokenizer: Any) -> Callable[[], Detokenizer]:
     theirs: Any = tokenizer.detokenizer
     kind = cast("type[object]", type(theirs))
     if kind is BPEStreamingDetokenizer:
-        return ByteLevel(theirs.tokenmap)
+        return partial(ByteLevel, theirs.tokenmap)
     if kind is SPMStreamingDetokenizer:
-        return SentencePiece(theirs.tokenmap, trim_space=bool(theirs.trim_space))
+        return partial(SentencePiece, theirs.tokenmap, trim_space=bool(theirs.trim_space))
     if kind is NaiveStreamingDetokenizer:
-        return AnyTokenizer(theirs._tokenizer, clean_spaces=bool(theirs._clean_spaces))
+        clean_spaces = bool(theirs._clean_spaces)
+        return partial(AnyTokenizer, theirs._tokenizer, clean_spaces=clean_spaces)
     name = type(theirs).__name__
     raise InputError(f"the tokenizer has a {name}, whose text mlx_sink cannot bound")
 
@@ -151,7 +216,7 @@ class ByteLevel(_Bytes):
     """
 
     _BYTES = _bytes_of_characters()
-    _SPACE = "\u0120"
+    SPACE = "\u0120"
 
     def __init__(self, tokens: list[str]):
         super().__init__(trim_space=True)
@@ -161,7 +226,7 @@ class ByteLevel(_Bytes):
         """Take a token and return the text that it completes."""
         written = self._tokens[token] if token < len(self._tokens) else "!"
         data = b"".join(self._BYTES.get(c) or c.encode() for c in written)
-        return self._take(data, wait=written == self._SPACE)
+        return self._take(data, wait=written == self.SPACE)
 
 
 class SentencePiece(_Bytes):

@@ -1,0 +1,168 @@
+"""Which rows of a call's keys its queries see, and under which turn: integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from mlx_sink.attention.ring import Copy, Ring, Run, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """A run of rows that a block of queries meets under one turn: all sinks, or none."""
+
+    row: int
+    token: int
+    length: int
+    turn: Turn
+    sinks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring rows ``[start, stop)`` under the same turn; tokens need not run on."""
+
+    start: int
+    stop: int
+    turn: Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries that are attended together, and the keys that any of them sees.
+
+    Attributes:
+        first: Token of the first query.
+        last: Token after the last query.
+        n: Queries in the block.
+        ranges: The keys, in row order.
+        spans: The same rows, as few pieces as their turns allow.
+        turns: The turns that the keys ask for.
+        everything: Every query sees all of these keys up to its own token: a causal mask,
+            or none for a single query, says it all.
+    """
+
+    first: int
+    last: int
+    n: int
+    ranges: tuple[KeyRange, ...]
+    spans: tuple[Span, ...]
+    turns: frozenset[Turn]
+    everything: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What one call attends to: its queries, and the token behind every row of its keys.
+
+    Compared by identity: `layout_of` hands the same object to every layer of a model, so that
+    what is derived from it is worked out once a step.
+
+    Attributes:
+        ring: The state at the start of the call; query ``i`` is token ``ring.tokens + i``.
+        n: Queries of the call.
+        runs: The rows of the key array.
+        held: Those that come out of the slots, in the same order; the others are the call's.
+        writes: Which of the call's rows go to which slots.
+        after: The state at the end of the call.
+    """
+
+    ring: Ring
+    n: int
+    runs: tuple[Run, ...]
+    held: tuple[Run, ...]
+    writes: tuple[Copy, ...]
+    after: Ring
+
+    @property
+    def end(self) -> int:
+        """The token after the last query."""
+        return self.ring.tokens + self.n
+
+    def turns(self, turn: Turn) -> range | list[int]:
+        """Return how far each query is turned towards keys of a kind, in positions.
+
+        Sinks: from P = t - A to ``min(t, S + W - 1)``, which is the distance to token 0.
+        """
+        ring, queries = self.ring, range(self.ring.tokens, self.end)
+        if turn is Turn.SINK:
+            return [min(t, ring.capacity - 1) - (t - ring.start) for t in queries]
+        return [ring.start - ring.previous if turn is Turn.PREVIOUS else 0] * self.n
+
+    def block(self, first: int, last: int) -> Block:
+        """Return the keys that queries ``first .. last-1`` see, split by turn."""
+        ring, S, W = self.ring, self.ring.num_sinks, self.ring.window
+        oldest = max(S, first - first % W if ring.chunked else first - W + 1)
+        # In the first epoch and with nothing evicted, positions are already right.
+        sink = Turn.NONE if ring.start == 0 and last <= ring.capacity else Turn.SINK
+        spans = (
+            (0, min(S, last), sink, True),
+            (oldest, min(last, ring.start), Turn.PREVIOUS, False),
+            (max(oldest, ring.start), last, Turn.NONE, False),
+        )
+        ranges: list[KeyRange] = []
+        for run in self.runs:
+            for low, high, turn, sinks in spans:
+                token = max(low, run.token)
+                length = min(high, run.token + run.length) - token
+                if length > 0:
+                    row = run.row + token - run.token
+                    ranges.append(KeyRange(row, token, length, turn, sinks))
+        return Block(
+            first,
+            last,
+            last - first,
+            tuple(ranges),
+            _merged(ranges),
+            frozenset(r.turn for r in ranges),
+            everything=oldest >= last - W,
+        )
+
+
+@lru_cache(maxsize=16)
+def layout_of(ring: Ring, n: int) -> Layout:
+    """Lay out a call of ``n`` tokens on a ring.
+
+    A decode step (n = 1) attends to the ring itself in slot order, the new token already in
+    its slot. A chunk attends to the ring's rows in token order and then to its own: the ring
+    has no room for it.
+    """
+    writes, after = ring.writes(n), ring.advanced(n)
+    if n == 1:
+        held = after.live_runs()
+        return Layout(ring, n, held, held, writes, after)
+    held = ring.in_token_order()
+    runs: list[Run] = []
+    for run in (*held, Run(0, ring.tokens, n)):
+        last = runs[-1] if runs else Run(0, 0, 0)
+        if last.token + last.length == run.token and runs:
+            runs[-1] = replace(last, length=last.length + run.length)
+        else:
+            runs.append(replace(run, row=last.row + last.length))
+    return Layout(ring, n, tuple(runs), held, writes, after)
+
+
+@lru_cache(maxsize=64)
+def blocks_of(layout: Layout, size: int) -> tuple[Block, ...]:
+    """Cut the queries of a call into blocks of at most ``size``, and between chunks."""
+    first, blocks = layout.ring.tokens, list[Block]()
+    while first < layout.end:
+        last = min(first + size, layout.end)
+        if layout.ring.chunked:
+            last = min(last, first - first % layout.ring.window + layout.ring.window)
+        blocks.append(layout.block(first, last))
+        first = last
+    return tuple(blocks)
+
+
+def _merged(ranges: Sequence[KeyRange]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for r in ranges:
+        stop = r.row + r.length
+        if spans and spans[-1].stop == r.row and spans[-1].turn is r.turn:
+            spans[-1] = replace(spans[-1], stop=stop)
+        else:
+            spans.append(Span(r.row, stop, r.turn))
+    return tuple(spans)

@@ -1,0 +1,1 @@
+"""What lies in a model folder: is it whole, and what does its configuration say."""

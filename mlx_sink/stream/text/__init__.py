@@ -1,0 +1,1 @@
+"""From text to tokens and back: encoding, chat templates, detokenising, stop strings."""
