@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +26,8 @@ from mlx_sink.io.tensors import Known, pack, plain, unpack
 from mlx_sink.models.attach import make_cache
 from mlx_sink.models.lazy import parameters
 from mlx_sink.stream.loop import Loop
+from mlx_sink.stream.text.detokenize import detokenizer_for
+from mlx_sink.stream.text.stop_strings import ShownText
 
 SAMPLE = 16
 """Values of each weight that tell one model from another."""
@@ -68,20 +69,6 @@ class Saved:
     note: dict[str, Any]
     arrays: dict[str, mx.array]
     known: Known
-
-
-class Restored(NamedTuple):
-    """A session of a model.
-
-    Attributes:
-        loop: Where the stream stands.
-        text: The state of its open text, or ``None``.
-        note: What the saver noted.
-    """
-
-    loop: Loop
-    text: list[Any] | None
-    note: dict[str, Any]
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> dict[str, str]:
@@ -181,7 +168,7 @@ def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array], known:
     return Saved(path, *values, known)
 
 
-def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Restored:
+def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Loop:
     """Go on from a session with an attached model.
 
     Args:
@@ -206,13 +193,27 @@ def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Restored:
         loop = _restored(model, saved)
     except _UNFIT:
         raise SessionError(f"session {name} does not fit the model") from None
-    return Restored(loop, saved.text, deepcopy(saved.note))
+    return loop
 
 
 _UNFIT = (
     KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError,
 )  # fmt: skip
 """What values of other types raise where they are used."""
+
+
+def open_text(saved: Saved, tokenizer: Any) -> ShownText | None:
+    """Return the text that was open when a session was saved, if one was.
+
+    Raises:
+        SessionError: Its state does not fit the tokenizer.
+    """
+    if saved.text is None:
+        return None
+    try:
+        return ShownText.restored(detokenizer_for(tokenizer), saved.text)
+    except (TypeError, ValueError):
+        raise SessionError(f"session {str(saved.path)!r} does not fit the tokenizer") from None
 
 
 def _restored(model: nn.Module, saved: Saved) -> Loop:
