@@ -233,8 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     server.daemon_threads = False  # it waits for them when it closes: every answer has ended then
     with server:
-        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         try:
+            print(f"http://127.0.0.1:{server.server_port}/", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             Handler.app.closing = True
