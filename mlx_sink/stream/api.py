@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,6 +70,7 @@ def stream_generate(
     Raises:
         InputError: The prompt is empty, a token is not in the model's vocabulary, an option does
             not go with a bounded cache, or the caches are not from ``model.make_cache()``.
+        CacheError: The model is not attached.
     """
     for name, value in options.items():
         if name not in INSTEAD:
@@ -97,10 +99,16 @@ def stream_generate(
 
 def _check_kinds(given: Sequence[Any], own: Sequence[Any]) -> None:
     """Raise for caches of another kind: they would serve, and grow without end."""
-    kinds = [[type(cache).__name__ for cache in leaves(caches)] for caches in (given, own)]
-    if kinds[0] != kinds[1]:
-        got = f"{len(given)} of {', '.join(sorted(set(kinds[0])))}"
-        raise InputError(f"prompt_cache must come from model.make_cache(), got {got}")
+    kinds, expected = ([type(cache).__name__ for cache in leaves(c)] for c in (given, own))
+    if kinds != expected:
+        raise InputError(
+            f"prompt_cache must come from model.make_cache(), with {_counted(expected)}, "
+            f"got {_counted(kinds)}"
+        )
+
+
+def _counted(names: Sequence[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in Counter(names).items()) or "none"
 
 
 def generate(

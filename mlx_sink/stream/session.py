@@ -21,8 +21,9 @@ from mlx_sink.cache.group import leaves
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, SessionError
+from mlx_sink.io import lock
 from mlx_sink.io import tensors as store
-from mlx_sink.io.tensors import pack, unpack
+from mlx_sink.io.tensors import Known, pack, plain, unpack
 from mlx_sink.models.attach import make_cache
 from mlx_sink.models.lazy import parameters
 from mlx_sink.stream.loop import Loop
@@ -55,6 +56,7 @@ class Saved:
         text: The state of the text that was open, or ``None``.
         note: What the saver noted; of that only the saver knows what is right.
         arrays: The tensors, by the names in ``caches``.
+        known: The sum of the file.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class Saved:
     text: list[Any] | None
     note: dict[str, Any]
     arrays: dict[str, mx.array]
+    known: Known
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> dict[str, str]:
@@ -96,6 +99,7 @@ def save(
     text: list[Any] | None,
     whose: dict[str, str],
     note: Mapping[str, Any],
+    known: Known | None = None,
 ) -> None:
     """Write a session; see `store.write`.
 
@@ -105,10 +109,12 @@ def save(
         text: The state of the text that is open.
         whose: The `fingerprint`.
         note: Anything else, JSON-ready.
+        known: The files that the stream was saved to, or resumed from.
 
     Raises:
         CacheError: The stream draws from MLX's own random state, which is not its to save.
-        OutputError: It cannot be written.
+        OutputError: It cannot be written, or another process is at it.
+        SessionError: Another stream has been saved there meanwhile.
     """
     if loop.key is None:
         raise CacheError("a stream over MLX's own random state cannot be saved: use Stream(...)")
@@ -130,7 +136,8 @@ def save(
             "text": text,
             "note": dict(note),
         }
-        store.write(path, held, arrays)
+        with lock.holding(path, f"session {str(path)!r}", nested=True):
+            store.write(path, held, arrays, known)
 
 
 def read(path: Path) -> Saved:
@@ -139,14 +146,14 @@ def read(path: Path) -> Saved:
     Raises:
         SessionError: The file is unsound, or a value in it is not what was saved.
     """
-    held, arrays = store.read(path)
+    held, arrays, known = store.read_known(path)
     try:
-        return _saved(path, held, arrays)
+        return _saved(path, held, arrays, known)
     except _UNFIT:
         raise SessionError(f"session {str(path)!r} holds values that no stream has") from None
 
 
-def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array]) -> Saved:
+def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array], known: Known) -> Saved:
     """Check values one by one; any that is wrong raises some kind of error."""
     config = SinkConfig.from_dict(held["config"])
     position = natural(held["position"])
@@ -158,7 +165,8 @@ def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array]) -> Sav
     caches = [(_of(str, name), packed) for name, packed in _of(list, held["caches"])]
     text = None if held["text"] is None else _of(list, held["text"])
     note = _of(dict, held["note"])
-    return Saved(path, whose, config, position, recent, window, caches, text, note, arrays)
+    values = whose, config, position, recent, window, caches, text, note, arrays
+    return Saved(path, *values, known)
 
 
 def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Loop:
@@ -301,7 +309,7 @@ def _traced(model: nn.Module) -> tuple[list[Any], mx.array]:
     """Return the states of caches that one token went into, and the logits ``[1, vocabulary]``."""
     caches = make_cache(model)
     logits = _step(model, caches, 1)
-    return [cache.state for cache in caches], logits
+    return [plain(cache.state) for cache in caches], logits
 
 
 def _step(model: nn.Module, caches: list[Any], n: int) -> mx.array:

@@ -80,6 +80,7 @@ class Stream:
         self.tokenizer: Any = tokenizer if wrapped else TokenizerWrapper(tokenizer)
         self.note: dict[str, Any] = {}
         self._whose: dict[str, str] | None = None
+        self._known: dict[str, str] = {}  # sums of files, to notice what others save there
         self._text: ShownText | None = None
         self._generation = 0
         self._cancelled = Event()
@@ -124,7 +125,7 @@ class Stream:
         if loop.draft and loop.recent:
             loop.draft.read(list(loop.recent))
         stream._begin(loop, tokenizer)
-        stream._whose, stream.note = whose, deepcopy(saved.note)
+        stream._whose, stream._known, stream.note = whose, dict(saved.known), deepcopy(saved.note)
         stream._text = session.open_text(saved, stream.tokenizer)
         return stream
 
@@ -139,27 +140,27 @@ class Stream:
             note: Anything JSON-ready to keep with it, found in `note` after `resume`.
 
         Raises:
-            OutputError: It cannot be written; the file before is as it was.
+            OutputError: It cannot be written, or another process is at it; the file is as before.
+            SessionError: Another stream was saved there since, and would be lost.
             CacheError: The stream is in the middle of a step of another thread.
         """
         self.note = dict(self.note if note is None else note)
         if self._whose is None:
             self._whose = session.fingerprint(self.model, self.tokenizer)
         text = self._text.state() if self._text else None
-        session.save(Path(path), self._loop, text, self._whose, self.note)
+        session.save(Path(path), self._loop, text, self._whose, self.note, self._known)
 
     def fork(self) -> Stream:
         """Return an independent copy, which goes on as this one would.
 
-        It has caches and random numbers of its own, at the same values. Text that is held back
-        goes with it.
+        It has caches, random numbers and held-back text of its own, at the same values.
 
         Raises:
             CacheError: The stream is in the middle of a step of another thread.
         """
         fork = type(self).__new__(type(self))
         fork._begin(self._loop.fork(), self.tokenizer)
-        fork.note, fork._whose = dict(self.note), self._whose
+        fork.note, fork._whose, fork._known = dict(self.note), self._whose, dict(self._known)
         if self._text is not None:
             fork._text = ShownText.restored(detokenizer_for(self.tokenizer), self._text.state())
         return fork

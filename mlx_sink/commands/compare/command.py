@@ -20,7 +20,7 @@ from mlx_sink.commands.compare import page
 from mlx_sink.commands.numbers import add_integer, add_real
 from mlx_sink.commands.options import Parser, add_model_options, add_sink_options, program
 from mlx_sink.errors import ConfigError, InputError
-from mlx_sink.io import terminal
+from mlx_sink.io import lock, terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
@@ -285,11 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"without matplotlib there are no plots ({plots.INSTALL}): tables in "
             f"{_with(args.output, '.html').name}, figures in {_with(args.output, '.json').name}"
         )
-    if args.results:
-        write(args.output, [read_results(path) for path in args.results])
-    elif args.text is None:
+    if not args.results and args.text is None:
         raise ConfigError("--text names the text to compare on; or give --from results")
-    else:
-        _Run(args, argv).go()
+    with lock.holding(args.output, f"comparison {str(args.output)!r}", warn=terminal.warn):
+        if args.results:
+            write(args.output, [read_results(path) for path in args.results])
+        else:
+            _Run(args, argv).go()
     terminal.write(f"{_with(args.output, '.html')}\n")
     return 0
