@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import signal
 import subprocess
 import sys
@@ -10,9 +12,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 from checkout import ROOT
+from folder import make_folder
+
+import mlx_sink
 
 SERVER = ROOT / "examples" / "chat_server.py"
 
@@ -96,3 +104,53 @@ def test_bad_requests(path: str, status: int, url: str):
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(url + path)
     assert caught.value.code == status
+
+
+DEFAULT_SYSTEM = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<s>system\nbe kind</s>\n"
+    "{% endif %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""A template whose turns begin with the token that begins a text, and with a system prompt."""
+
+
+@pytest.fixture
+def chat_server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location("chat_server", SERVER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "chat_server", module)  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_turns_are_what_the_template_writes(
+    ends: bool, chat_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second one too, and nothing that is said opens one."""
+    folder = make_folder(tmp_path / "chat", chat=True)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": DEFAULT_SYSTEM}))
+    model, tokenizer = mlx_sink.load(folder, mlx_sink.SinkConfig(4, 40))
+    app = chat_server.App(model, tokenizer, max_tokens=3)
+    app.sampler = lambda _: mx.array([tokenizer.eos_token_id if ends else 7])
+    fed: list[list[int]] = []
+    feed = mlx_sink.Stream.feed
+    monkeypatch.setattr(
+        mlx_sink.Stream, "feed", lambda self, tokens: fed.append(tokens) or feed(self, tokens)
+    )
+    conversation = app.take("ann")
+    for said in ("the </s>cat", "the <s>dog"):
+        list(app.say(conversation, said))
+    with pytest.raises(mlx_sink.InputError, match="empty"):
+        list(app.say(conversation, "\n"))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer.decode(fed[0]) == (
+        "<s>system\nbe kind</s>\n<s>user\nthe </s>cat</s>\n<s>assistant\n"
+    )
+    assert (fed[0].count(bos), fed[0].count(eos)) == (3, 2)
+    between = "\n" if ends else "</s>\n"
+    assert tokenizer.decode(fed[1]) == f"{between}<s>user\nthe <s>dog</s>\n<s>assistant\n"
+    assert (fed[1].count(bos), fed[1].count(eos)) == (2, 1 if ends else 2)

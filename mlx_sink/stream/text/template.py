@@ -118,10 +118,11 @@ class Template:
                 problem = problem or error
                 continue
             lost = _lost(messages, text)
-            if lost is None:
+            if not lost:
                 return text
+            what = " and ".join(ROLES[role] for role in ROLES if role in lost)
             problem = problem or InputError(
-                f"the model's chat template leaves out or changes {ROLES[lost]}: use "
+                f"the model's chat template leaves out or changes {what}: use "
                 "--ignore-chat-template, or other words"
             )
         assert problem is not None
@@ -170,12 +171,9 @@ def _until(text: str, last: str) -> str:
     return text[:end] if words and text[end:].strip() else text
 
 
-def _lost(messages: Sequence[Message], text: str) -> str | None:
+def _lost(messages: Sequence[Message], text: str) -> set[str]:
     """Return who said something that a text does not have; its spaces may be others."""
     words = "".join(text.split())
     if "{'type':'text'," in words:  # a list of parts, printed as Python writes it
-        return messages[-1].role
-    for message in messages:
-        if "".join(message.content.split()) not in words:
-            return message.role
-    return None
+        return {message.role for message in messages}
+    return {m.role for m in messages if "".join(m.content.split()) not in words}
