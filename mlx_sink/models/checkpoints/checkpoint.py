@@ -73,7 +73,7 @@ class Checkpoint:
         if not any(next(self.path.glob(pattern), None) for pattern in TOKENIZERS):
             return f"it has no tokenizer, such as tokenizer.json ({reason})"
         tool = quantization.describe(self.config)
-        return reason if tool is None else f"{reason} (its weights are quantised with {tool})"
+        return reason if tool is None else f"{reason} (weights quantised with {tool})"
 
 
 def check(path: Path) -> Checkpoint:
