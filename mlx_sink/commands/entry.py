@@ -15,7 +15,7 @@ from mlx_sink.io import terminal
 COMMANDS = {
     "generate": ("generate.command", "read a text of any length, stream text for ever"),
     "convert": ("convert.command", "convert a Hugging Face checkpoint, measure its settings"),
-    "plan": ("plan", "what a model will cost, from its config.json alone"),
+    "plan": ("plan", "what a model will cost, before it is downloaded"),
     "compare": ("compare.command", "methods side by side on your text and machine"),
     "doctor": ("doctor.command", "are the kernels right on this machine, and how fast"),
 }
