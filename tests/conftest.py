@@ -84,6 +84,7 @@ SLOW = [
     Slow("test_mutate_package.py", "test_what_the_tests_notice"),
     Slow("test_package.py", "test_a_wheel"),
     Slow("test_kernel_cuda.py", "compile"),
+    Slow("test_fuzz.py", "no_input", (r"\[0-24]",)),
     Slow("test_page.py"),
 ]
 """What the default set leaves out."""

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 
+from mlx_sink.cache.group import leaves
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import InputError
 from mlx_sink.models.attach import make_cache
@@ -68,7 +69,7 @@ def stream_generate(
 
     Raises:
         InputError: The prompt is empty, a token is not in the model's vocabulary, an option does
-            not go with a bounded cache, or the caches are others.
+            not go with a bounded cache, or the caches are not from ``model.make_cache()``.
         CacheError: The model is not attached.
     """
     for name, value in options.items():
@@ -78,12 +79,7 @@ def stream_generate(
             raise InputError(f"{name} does not go with a sink cache: {INSTEAD[name]}")
     caches: list[Any] = list(make_cache(model))
     if prompt_cache is not None:
-        kinds, expected = ([type(cache).__name__ for cache in c] for c in (prompt_cache, caches))
-        if kinds != expected:
-            raise InputError(
-                f"prompt_cache must come from model.make_cache(), with {_counted(expected)}, "
-                f"got {_counted(kinds)}"
-            )
+        _check_kinds(prompt_cache, caches)
         caches = prompt_cache
     stream = Stream.over(model, tokenizer, caches)
     if isinstance(prompt, str):
@@ -99,6 +95,16 @@ def stream_generate(
         ignore_eos=ignore_eos,
         show_special_tokens=True,
     )
+
+
+def _check_kinds(given: Sequence[Any], own: Sequence[Any]) -> None:
+    """Raise for caches of another kind: they would serve, and grow without end."""
+    kinds, expected = ([type(cache).__name__ for cache in leaves(c)] for c in (given, own))
+    if kinds != expected:
+        raise InputError(
+            f"prompt_cache must come from model.make_cache(), with {_counted(expected)}, "
+            f"got {_counted(kinds)}"
+        )
 
 
 def _counted(names: Sequence[str]) -> str:

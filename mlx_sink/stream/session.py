@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from mlx_sink.attention.ring import Ring
 from mlx_sink.cache.group import leaves
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.io import lock
@@ -226,14 +227,14 @@ def _restored(model: nn.Module, saved: Saved) -> Loop:
         state = unpack(packed, arrays)
         if name != type(cache).__name__ or not _fits(state, template):
             raise ValueError(name)
-        fresh = [getattr(part, "ring", None) for part in leaves([cache])]
+        rings = [part for part in leaves([cache]) if isinstance(part, SinkCache)]
+        fresh = [part.ring for part in rings]
         cache.state = state
-        for part, ring in zip(leaves([cache]), fresh, strict=True):
+        for part, ring in zip(rings, fresh, strict=True):
             # A cache that its model never feeds stays at 0.
-            if not part.empty() and getattr(part, "tokens", saved.position) != saved.position:
+            if not part.empty() and part.tokens != saved.position:
                 raise ValueError(saved.position)
-            if ring is not None:
-                _check_ring(ring, part.ring, part.state)
+            _check_ring(ring, part.ring, part.state)
     key = arrays["key"]
     if key.dtype != mx.uint32 or key.shape != (2,):
         raise ValueError(key)
@@ -241,9 +242,8 @@ def _restored(model: nn.Module, saved: Saved) -> Loop:
     loop.position = saved.position
     loop.recent.extend(natural(token, loop.vocabulary) for token in saved.recent)
     logits = arrays.get("logits")
-    if expected.shape[-1] > loop.vocabulary:
-        expected = expected[:, : loop.vocabulary]
-    if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, expected.shape):
+    width = min(expected.shape[-1], loop.vocabulary)
+    if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, (1, width)):
         raise ValueError(logits.shape)
     loop.logits = logits
     _check_step(loop, expected)

@@ -148,8 +148,8 @@ def test_later_turns_and_pinned_prompts(run: Run, chat: Path, fed: Fed, tmp_path
     run(chat, "-p", "the cat", *argv, *pinned)
     run(chat, "-p", ATTACK, *argv)
     assert text_of(chat, fed[1]).endswith(f"\n{TURN}")
-    config = session.described(tmp_path / "s").config
-    system = text_of(chat, fed[0][: config["num_sinks"]])
+    config = session.read(tmp_path / "s").config
+    system = text_of(chat, fed[0][: config.num_sinks])
     assert system == "[BOS]system\nbe </s>[EOS]\n[BOS]user\n"
 
 

@@ -266,6 +266,25 @@ def test_the_page_is_honest(whole: dict[str, Any]):
     assert not [word for word in ("<script", "<img", "<link", "@import") if word in page]
 
 
+def test_without_matplotlib_the_figures_are_there(
+    whole: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """The page has its tables and says what is missing; only the picture is left out."""
+    monkeypatch.setattr(compare.plots, "is_available", lambda: False)
+    source = whole["output"].with_name("run.json")
+    assert compare.main(["--from", str(source), "--output", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" not in page
+    assert page.count("<table") == whole["output"].with_name("run.html").read_text().count(
+        "<table"
+    )
+    assert not (tmp_path / "page.png").exists()
+    assert "pip install 'mlx-sink[plot]'" in capsys.readouterr().err
+
+
 def test_says_whether_the_model_can_copy(whole: dict[str, Any]):
     for right, honest in ((0, True), (5, True), (14, False)):
         near = Score(LINES, "near", distance=5, method="ours", right=right, trials=20)

@@ -267,7 +267,7 @@ def test_a_template_in_python_has_control_words_too():
 @pytest.mark.parametrize("word", ["nonsense", "", "the cat", "99999", "-1", "317"])
 def test_an_end_that_is_no_token(word: str):
     tokenizer = fast("byte-level")
-    with pytest.raises(InputError, match="extra end-of-text token"):
+    with pytest.raises(InputError, match="--extra-eos-token"):
         add_end(tokenizer, word, 317)
     assert len(tokenizer.eos_token_ids) == 1
 
@@ -277,3 +277,10 @@ def test_an_end_by_its_word_or_its_id():
     add_end(tokenizer, "<|im_end|>", 317)
     add_end(tokenizer, "5", 317)
     assert ids_of(tokenizer, ["<|im_end|>", "</s>"]) | {5} == tokenizer.eos_token_ids
+
+
+def test_a_tokenizer_without_mlx_lm_s_wrapper():
+    tokenizer = fast("byte-level")
+    for text in ("the cat", ATTACKS[-3]):
+        bare = Encoder(tokenizer._tokenizer).encode(Piece(text))
+        assert bare == Encoder(tokenizer).encode(Piece(text))

@@ -143,7 +143,7 @@ def test_an_extra_end_that_is_no_token(word: str, tmp_path: Path):
     """With XTC it would be looked up, and written, beyond the logits."""
     folder = make_folder(tmp_path / "plain")
     argv = ["--model", str(folder), "-p", "the", "-m", "2", "--extra-eos-token=" + word]
-    with pytest.raises(InputError, match="extra end-of-text token"):
+    with pytest.raises(InputError, match="--extra-eos-token"):
         main([*argv, "--temp", "1", "--xtc-probability", "1"])
 
 
@@ -258,7 +258,7 @@ def test_a_session_with_tokens_of_another_vocabulary(loaded: tuple[Any, Any], tm
         if fits:
             Stream.resume(tmp_path / "t", model, loaded[1])
         else:
-            with pytest.raises(SessionError, match="does not fit the model"):
+            with pytest.raises(SessionError, match=r"does not fit the model|that no stream has"):
                 Stream.resume(tmp_path / "t", model, loaded[1])
 
 

@@ -268,7 +268,8 @@ def write(output: Path, results: Sequence[Results]) -> None:
     if len(results) == 1:
         write_whole(_with(output, ".json"), (as_json(results[0].to_dict(), 1) + "\n").encode())
     write_whole(_with(output, ".html"), page.page(results).encode())
-    plots.save(page.picture(results), _with(output, ".png"))
+    if plots.is_available():
+        plots.save(page.picture(results), _with(output, ".png"))
 
 
 def _with(path: Path, suffix: str) -> Path:
@@ -279,7 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(argv)
-    plots.check()
+    if not plots.is_available():
+        terminal.warn(
+            f"without matplotlib there are no plots ({plots.INSTALL}): tables in "
+            f"{_with(args.output, '.html').name}, figures in {_with(args.output, '.json').name}"
+        )
     if not args.results and args.text is None:
         raise ConfigError("--text names the text to compare on; or give --from results")
     with lock.holding(args.output, f"comparison {str(args.output)!r}", warn=terminal.warn):

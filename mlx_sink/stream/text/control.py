@@ -31,7 +31,7 @@ def control_of(tokenizer: Any) -> Control:
     are text, and what opens and closes a model's thoughts is for the reader.
 
     Args:
-        tokenizer: mlx-lm's ``TokenizerWrapper``.
+        tokenizer: mlx-lm's ``TokenizerWrapper``, or the tokenizer in it.
     """
     added = cast("dict[int, Any]", getattr(tokenizer, "added_tokens_decoder", {}))
     special = {str(token): i for i, token in added.items() if token.special}
@@ -40,7 +40,9 @@ def control_of(tokenizer: Any) -> Control:
     source, conversation = _template(tokenizer), _conversation(tokenizer)
     thoughts = (getattr(tokenizer, name, None) for name in ("think_start", "think_end"))
     text = {word for word in thoughts if word}
-    words, hidden = dict(special), {*special.values(), *tokenizer.eos_token_ids}
+    ends = cast("set[int] | int | None", getattr(tokenizer, "eos_token_ids", None))
+    words, hidden = dict(special), set(special.values())
+    hidden |= {ends} if isinstance(ends, int) else set(ends or ())
     for i, token in added.items():
         word = str(token)
         if word in special or word in text or not _may_control(word):
@@ -67,7 +69,8 @@ def _template(tokenizer: Any) -> str:
 
 def _conversation(tokenizer: Any) -> str:
     """Return what the chat template makes of a short conversation; nothing if it refuses."""
-    if not tokenizer.has_chat_template:
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if not getattr(tokenizer, "has_chat_template", has_template):
         return ""
     turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
     try:
@@ -95,12 +98,12 @@ def add_end(tokenizer: Any, word: str, vocabulary: int) -> None:
         token = cast("int | None", tokenizer.convert_tokens_to_ids(word))
         if token is None or tokenizer.convert_ids_to_tokens(token) != word:
             raise InputError(
-                f"extra end-of-text token {word!r} is not one token of the model's tokenizer: "
-                "name one, or its id, or use a stop string"
+                f"--extra-eos-token {word!r} is not one token of the model's tokenizer: name "
+                "one, or its id, or use --stop"
             ) from None
     if not 0 <= token < vocabulary:
         raise InputError(
-            f"extra end-of-text token {word!r} is not in the model's vocabulary: its tokens are "
-            f"0 to {vocabulary - 1}"
+            f"--extra-eos-token {word!r} is not in the model's vocabulary: its tokens are 0 to "
+            f"{vocabulary - 1}"
         )
     tokenizer.eos_token_ids.add(token)
