@@ -31,7 +31,7 @@ class OutputError(SinkError):
 
 
 class SessionError(SinkError):
-    """A saved session cannot be resumed: damaged, foreign, or of another model."""
+    """A saved session is damaged, foreign, or of another model or stream."""
 
 
 class ModelError(SinkError):

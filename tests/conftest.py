@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import slow
@@ -84,6 +84,7 @@ SLOW = [
     Slow("test_mutate_package.py", "test_what_the_tests_notice"),
     Slow("test_package.py", "test_a_wheel"),
     Slow("test_kernel_cuda.py", "compile"),
+    Slow("test_fuzz.py", "no_input", (r"\[0-24]",)),
     Slow("test_page.py"),
 ]
 """What the default set leaves out."""
@@ -95,15 +96,33 @@ RUNS_ON_A_CPU = re.compile(
 """Tests that run the kernels' text on a CPU, or pretend that this machine has a GPU or none."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is slow; skip, with the reason, what runs Metal text where Metal itself is.
+def pytest_configure(config: pytest.Config) -> None:
+    """Stop where the table is out of date: so that it cannot rot."""
+    if gone := slow.gone(SLOW):
+        raise pytest.UsageError(f"SLOW in tests/conftest.py names {gone}, which is not there")
 
-    There `test_gpu` runs it.
-    """
-    by_name = any("::" in argument for argument in config.args) or config.getoption("lf", False)
-    if not by_name:  # Who asks for some tests of a file gets them.
-        slow.mark(SLOW, items)
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Mark what is slow in a file. Who asks for tests by their names gets them all the same."""
+    report = yield
+    if isinstance(collector, pytest.Module) and report.passed:
+        try:
+            marked = slow.among(SLOW, collector.path.name, [item.name for item in report.result])
+        except slow.OutOfDateError as error:
+            report.outcome, report.longrepr = "failed", f"SLOW in tests/conftest.py: {error}"
+            return report
+        if not any("::" in argument for argument in collector.config.args):
+            for item in report.result:
+                if item.name in marked:
+                    item.add_marker("slow")
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what runs Metal text on a CPU where Metal itself is."""
     skip = pytest.mark.skip(reason="the Metal runner is for Linux; here the kernels run for real")
     for item in items:
         if sys.platform == "darwin" and RUNS_ON_A_CPU.search(item.nodeid):

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+from mlx_sink.cache.refusals import Refusals, Unsaved
 from mlx_sink.cache.rewindable import Rewindable, rollback_of
 from mlx_sink.errors import CacheError
+from mlx_sink.io.tensors import Omitted
 
 
-class CacheGroup(Rewindable):
+class CacheGroup(Rewindable, Refusals):
     """Several caches that take in the same tokens: those of a layer, or all of a stream's.
 
     mlx-lm knows those of a layer as a ``CacheList``. A cache that its model never feeds holds no
@@ -33,17 +35,6 @@ class CacheGroup(Rewindable):
     def offset(self) -> int:
         """Position of the next token, the same in all rings that are fed; 0 without one."""
         return max((getattr(cache, "offset", 0) for cache in self.caches), default=0)
-
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> CacheGroup:
-        """Refuse mlx-lm's ``kv_bits``, as `SinkCache` does: mlx-lm would ignore it silently.
-
-        Raises:
-            CacheError: Always.
-        """
-        raise CacheError(
-            f"sink rings are quantised from the first token or not at all: instead of mlx-lm's "
-            f"kv_bits, attach with SinkConfig(kv_bits={bits})"
-        )
 
     def is_trimmable(self) -> bool:
         """Tell whether tokens can be taken back from all of them at any time."""
@@ -102,11 +93,12 @@ class CacheGroup(Rewindable):
     @property
     def state(self) -> list[Any]:
         """The states of the caches."""
-        return [cache.state for cache in self.caches]
+        return [*(cache.state for cache in self.caches), Unsaved()]
 
     @state.setter
     def state(self, value: Sequence[Any]) -> None:
-        for cache, state in zip(self.caches, value, strict=True):
+        states = [state for state in value if not isinstance(state, Omitted)]
+        for cache, state in zip(self.caches, states, strict=True):
             cache.state = state
 
 

@@ -14,13 +14,15 @@ from mlx_sink.attention.reference import mask_of
 from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache import kv_sharing
+from mlx_sink.cache.refusals import Refusals, Unsaved
 from mlx_sink.cache.rewindable import Rewindable
 from mlx_sink.cache.storage import storage_of
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
+from mlx_sink.io.tensors import Omitted
 
 
-class SinkCache(Rewindable):
+class SinkCache(Rewindable, Refusals):
     """The keys and values of one layer: the sinks, and the newest tokens in a ring.
 
     `offset` is what the model's RoPE reads: tokens since the epoch began, which stays bounded.
@@ -216,17 +218,6 @@ class SinkCache(Rewindable):
         """Tell whether a window that the model speaks of is this layer's."""
         return not self.ring.num_sinks and window_size == self.ring.window
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> None:
-        """Refuse mlx-lm's ``kv_bits``: without this method it would be ignored silently.
-
-        Raises:
-            CacheError: Always.
-        """
-        raise CacheError(
-            f"a sink ring is quantised from its first token or not at all: instead of mlx-lm's "
-            f"kv_bits, attach with SinkConfig(kv_bits={bits})"
-        )
-
     def is_trimmable(self) -> bool:
         """Tell whether tokens can be taken back at any time: with spare slots they can.
 
@@ -288,11 +279,11 @@ class SinkCache(Rewindable):
         ring = self.ring
         sizes, stands = (ring.num_sinks, ring.window, ring.epoch), (ring.tokens, ring.start)
         since = ring.previous, ring.rollback, ring.taken_back
-        return self.keys, self.values, *sizes, *stands, *since
+        return self.keys, self.values, *sizes, *stands, *since, Unsaved()
 
     @state.setter
     def state(self, value: tuple[Any, ...]) -> None:
-        keys, values, *integers = value
+        keys, values, *integers = (part for part in value if not isinstance(part, Omitted))
         self.ring = Ring(*integers, chunked=self.ring.chunked)
         extent = self.ring.extent
         self._keys = self._keys.restored(keys, extent)

@@ -14,9 +14,13 @@ import re
 import shutil
 from collections.abc import Generator
 from pathlib import Path
+from threading import RLock
 from typing import BinaryIO
 
 from mlx_sink.errors import OutputError
+
+_writing = RLock()
+"""Threads write one after the other: the temporary files are named after the process."""
 
 
 def temporary(path: Path) -> Path:
@@ -49,19 +53,20 @@ def whole_file(path: Path, mode: int = 0o666) -> Generator[BinaryIO]:
         OSError: It cannot be written.
     """
     path = Path(os.path.realpath(path))
-    clean(path)
     beside = temporary(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    try:
-        with os.fdopen(os.open(beside, flags, mode), "wb") as file:
-            yield file
-            file.flush()
-            sync(file.fileno())
-        os.replace(beside, path)
-        sync_folder(path.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with _writing:
+        clean(path)
+        try:
+            with os.fdopen(os.open(beside, flags, mode), "wb") as file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            os.replace(beside, path)
+            sync_folder(path.parent)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -57,25 +57,58 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _writing = Lock()
 
 
-def write(path: Path, note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> None:
+Known = dict[str, str]
+"""The sums that files had when they were last read or written, by their resolved paths."""
+
+
+def write(
+    path: Path,
+    note: Mapping[str, Any],
+    arrays: Mapping[str, mx.array],
+    known: Known | None = None,
+) -> None:
     """Write a file; the old one stays until the new one is on the disk.
 
     Args:
         path: The file.
         note: Values that JSON can hold, stored in the header.
         arrays: The tensors.
+        known: What the writer knows of files; the new one is noted. One that is known is replaced
+            only while it still holds the same, or is gone.
 
     Raises:
         OutputError: It cannot be written, or its header would be too long to be read again.
+        SessionError: Somebody else has written the file since.
     """
     header = _header(note, arrays)
+    known, target = {} if known is None else known, os.path.realpath(path)
     with _writing:
         try:
+            if target in known and _sum_of(target) not in (None, known[target]):
+                raise SessionError(
+                    f"session {str(path)!r} has been saved by another stream since this one was "
+                    "saved or resumed: resume it again, or save this one under another name"
+                )
             with atomic.whole_file(path, 0o600) as file:
-                _write(file, header, arrays)
+                digest = _write(file, header, arrays)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise OutputError(f"cannot save session {str(path)!r}: {reason}") from None
+        known[target] = digest
+
+
+def _sum_of(path: str) -> str | None:
+    """Return the sum that a file says it has: ``""`` if it says none, ``None`` without a file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            start = file.read(SUM_AT + len(NO_SUM))
+    except FileNotFoundError:
+        return None
+    return start[SUM_AT:].decode(errors="replace") if start[8:SUM_AT] == START else ""
 
 
 def _header(note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> bytes:
@@ -97,7 +130,7 @@ def _header(note: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write(file: BinaryIO, header: bytes, arrays: Mapping[str, mx.array]) -> None:
+def _write(file: BinaryIO, header: bytes, arrays: Mapping[str, mx.array]) -> str:
     digest = hashlib.sha256(header)
     file.write(header)
     for array in arrays.values():
@@ -106,6 +139,7 @@ def _write(file: BinaryIO, header: bytes, arrays: Mapping[str, mx.array]) -> Non
         file.write(data)
     file.seek(SUM_AT)
     file.write(digest.hexdigest().encode())
+    return digest.hexdigest()
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -117,6 +151,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     Raises:
         SessionError: It is missing, damaged, or not such a file.
     """
+    note, arrays, _ = read_known(path)
+    return note, arrays
+
+
+def read_known(path: Path) -> tuple[dict[str, Any], dict[str, mx.array], Known]:
+    """Read a file as `read` does, and return what is then known of it, too."""
     try:
         # Opening a pipe would block until it has a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -125,7 +165,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             if not stat.S_ISREG(status.st_mode):
                 raise SessionError(f"session {str(path)!r} is not a file")
             try:
-                return _read(file, status.st_size)
+                note, arrays, digest = _read(file, status.st_size)
+                return note, arrays, {os.path.realpath(path): digest}
             except _UnsoundError as error:
                 raise SessionError(f"session {str(path)!r} is {error}") from None
     except OSError as error:
@@ -141,7 +182,7 @@ _FOREIGN = "not a session of mlx_sink"
 _DAMAGED = "damaged: it does not hold what was written"
 
 
-def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, mx.array], str]:
     start = file.read(SUM_AT + len(NO_SUM))
     if start[8:SUM_AT] != START or len(start) < SUM_AT + len(NO_SUM):
         raise _UnsoundError(_FOREIGN)
@@ -175,7 +216,7 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, mx.array
             raise _UnsoundError(_DAMAGED)
         flat = mx.array(cast("Any", memoryview(data))).view(dtype)
         arrays[name] = mx.reshape(flat, shape)
-    return cast("dict[str, Any]", note), arrays
+    return cast("dict[str, Any]", note), arrays, digest.hexdigest()
 
 
 def _tensors(
@@ -202,6 +243,12 @@ def _tensors(
     return tensors
 
 
+class Omitted:
+    """A part of a list or tuple that `pack` leaves out: it is there for others to see."""
+
+    __slots__ = ()
+
+
 def pack(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
     """Convert a tree to JSON; its arrays go into ``arrays`` under names.
 
@@ -214,7 +261,8 @@ def pack(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        items = [pack(v, f"{name}.{i}", arrays) for i, v in enumerate(cast("list[Any]", value))]
+        parts = [part for part in cast("list[Any]", value) if not isinstance(part, Omitted)]
+        items = [pack(part, f"{name}.{i}", arrays) for i, part in enumerate(parts)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if isinstance(value, dict):
         named = cast("dict[str, Any]", value)
@@ -242,6 +290,12 @@ def unpack(value: Any, arrays: Mapping[str, mx.array]) -> Any:
     if kind == "dict":
         return {name: unpack(v, arrays) for name, v in content.items()}
     raise ValueError(kind)
+
+
+def plain(value: Any) -> Any:
+    """Return a tree as it comes back from `pack` and `unpack`, with the same arrays."""
+    arrays: dict[str, mx.array] = {}
+    return unpack(pack(value, "", arrays), arrays)
 
 
 def copied(value: Any) -> Any:

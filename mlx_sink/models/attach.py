@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +20,7 @@ from mlx_sink.models.architectures import VERIFIED, refusal
 from mlx_sink.models.cache_plan import CachePlan, plan_caches
 from mlx_sink.models.checkpoints.checkpoint import trained_context
 from mlx_sink.models.hook import hook
+from mlx_sink.models.layers import size_asked_for
 from mlx_sink.models.report import LayerReport, Report, report_of
 from mlx_sink.models.trace import dry_run, watch
 from mlx_sink.models.verify import verify
@@ -36,6 +39,14 @@ class _MakeCache:
     plan: CachePlan
 
     def __call__(self) -> list[Any]:
+        size, capacity = size_asked_for(inspect.currentframe()), self.config.capacity
+        if size not in (None, capacity):
+            warnings.warn(
+                f"max_kv_size={size} is not used: attach(model, SinkConfig(window=...)) fixes the "
+                f"size of a sink cache, here to num_sinks + window = {capacity} tokens",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return self.plan.caches(self.config)
 
 

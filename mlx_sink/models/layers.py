@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
+from types import FrameType
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -49,6 +50,20 @@ def native_caches(model: nn.Module) -> list[Any]:
     if layers is None:
         raise UnsupportedModelError("it has no layers")
     return [mlx_lm_cache.KVCache() for _ in layers]
+
+
+def size_asked_for(call: FrameType | None) -> int | None:
+    """Return the ``max_kv_size`` that mlx-lm was given when it asks a model for its caches.
+
+    ``make_prompt_cache`` does not hand it on to a model that makes its own, and says nothing.
+
+    Args:
+        call: Of the model's ``make_cache``.
+    """
+    caller = call and call.f_back
+    if caller is None or caller.f_code is not mlx_lm_cache.make_prompt_cache.__code__:
+        return None
+    return caller.f_locals.get("max_kv_size")
 
 
 def bounded_caches(native: Sequence[Any], config: SinkConfig, make: Make) -> list[Any]:

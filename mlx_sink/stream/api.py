@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 
+from mlx_sink.cache.group import leaves
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import InputError
 from mlx_sink.models.attach import make_cache
@@ -66,15 +68,19 @@ def stream_generate(
         mlx-lm's ``GenerationResponse``: one for each token, its text possibly empty.
 
     Raises:
-        InputError: The prompt is empty, a token is not in the model's vocabulary, or an option
-            does not go with a bounded cache.
+        InputError: The prompt is empty, a token is not in the model's vocabulary, an option does
+            not go with a bounded cache, or the caches are not from ``model.make_cache()``.
+        CacheError: The model is not attached.
     """
     for name, value in options.items():
         if name not in INSTEAD:
             raise TypeError(f"stream_generate() got an unexpected option {name!r}")
         if value is not None:
             raise InputError(f"{name} does not go with a sink cache: {INSTEAD[name]}")
-    caches: list[Any] = list(make_cache(model)) if prompt_cache is None else prompt_cache
+    caches: list[Any] = list(make_cache(model))
+    if prompt_cache is not None:
+        _check_kinds(prompt_cache, caches)
+        caches = prompt_cache
     stream = Stream.over(model, tokenizer, caches)
     if isinstance(prompt, str):
         piece = Piece(prompt, special)
@@ -89,6 +95,20 @@ def stream_generate(
         ignore_eos=ignore_eos,
         show_special_tokens=True,
     )
+
+
+def _check_kinds(given: Sequence[Any], own: Sequence[Any]) -> None:
+    """Raise for caches of another kind: they would serve, and grow without end."""
+    kinds, expected = ([type(cache).__name__ for cache in leaves(c)] for c in (given, own))
+    if kinds != expected:
+        raise InputError(
+            f"prompt_cache must come from model.make_cache(), with {_counted(expected)}, "
+            f"got {_counted(kinds)}"
+        )
+
+
+def _counted(names: Sequence[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in Counter(names).items()) or "none"
 
 
 def generate(

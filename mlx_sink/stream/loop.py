@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.generate import generation_stream
 
 from mlx_sink.cache.group import CacheGroup
 from mlx_sink.config import PREFILL_STEP
@@ -211,6 +211,17 @@ class Loop:
             self._ahead.clear()
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all caches, the draft model's included."""
+        draft = self.draft.caches if self.draft else []
+        return sum(cache.nbytes for cache in [*self.caches, *draft])
+
+    @property
+    def drafted(self) -> tuple[int, int]:
+        """Tokens that the draft model has guessed, and how many of them were right."""
+        return (self.draft.guessed, self.draft.right) if self.draft else (0, 0)
+
+    @property
     def spare(self) -> int:
         """Tokens that `rollback` can take back now."""
         complete = len(self.recent) == self.position
@@ -319,34 +330,6 @@ class Loop:
                 yield
         finally:
             self._lock.release()
-
-
-class _Wired:
-    """mlx-lm's wired limit, which is the process's: set by the first stream, back by the last."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._users = 0
-        self._limit: Any = None
-
-    @contextmanager
-    def __call__(self, model: nn.Module) -> Generator[None]:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._limit = wired_limit(model, cast("list[mx.Stream]", [generation_stream]))
-                self._limit.__enter__()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._limit.__exit__(None, None, None)
-
-
-wired = _Wired()
-"""Context manager: memory stays wired on a Mac while any stream generates."""
 
 
 def _count() -> Iterator[int]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import mlx.core as mx
 
 from mlx_sink.errors import InputError
+from mlx_sink.stream.checks import integer
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ def fresh_key(seed: int | None) -> mx.array:
         InputError: The seed has more than 64 bits, or is negative.
     """
     if seed is not None:
-        if not 0 <= seed < 2**64:
+        if integer("seed", seed, 0) >= 2**64:
             raise InputError(f"seed must be from 0 to 2**64 - 1, got {seed}")
         return mx.random.key(seed)
     return mx.random.randint(0, 2**31 - 1, (2,), mx.uint32)

@@ -9,23 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sink.attention.ring import Ring
 from mlx_sink.cache.group import leaves
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError, SessionError
+from mlx_sink.io import lock
 from mlx_sink.io import tensors as store
-from mlx_sink.io.tensors import pack, unpack
+from mlx_sink.io.tensors import Known, pack, plain, unpack
 from mlx_sink.models.attach import make_cache
 from mlx_sink.models.lazy import parameters
 from mlx_sink.stream.loop import Loop
+from mlx_sink.stream.text.detokenize import detokenizer_for
+from mlx_sink.stream.text.stop_strings import ShownText
 
 SAMPLE = 16
 """Values of each weight that tell one model from another."""
@@ -53,6 +56,7 @@ class Saved:
         text: The state of the text that was open, or ``None``.
         note: What the saver noted; of that only the saver knows what is right.
         arrays: The tensors, by the names in ``caches``.
+        known: The sum of the file.
     """
 
     path: Path
@@ -65,20 +69,7 @@ class Saved:
     text: list[Any] | None
     note: dict[str, Any]
     arrays: dict[str, mx.array]
-
-
-class Restored(NamedTuple):
-    """A session of a model.
-
-    Attributes:
-        loop: Where the stream stands.
-        text: The state of its open text, or ``None``.
-        note: What the saver noted.
-    """
-
-    loop: Loop
-    text: list[Any] | None
-    note: dict[str, Any]
+    known: Known
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> dict[str, str]:
@@ -108,6 +99,7 @@ def save(
     text: list[Any] | None,
     whose: dict[str, str],
     note: Mapping[str, Any],
+    known: Known | None = None,
 ) -> None:
     """Write a session; see `store.write`.
 
@@ -117,10 +109,12 @@ def save(
         text: The state of the text that is open.
         whose: The `fingerprint`.
         note: Anything else, JSON-ready.
+        known: The files that the stream was saved to, or resumed from.
 
     Raises:
         CacheError: The stream draws from MLX's own random state, which is not its to save.
-        OutputError: It cannot be written.
+        OutputError: It cannot be written, or another process is at it.
+        SessionError: Another stream has been saved there meanwhile.
     """
     if loop.key is None:
         raise CacheError("a stream over MLX's own random state cannot be saved: use Stream(...)")
@@ -142,7 +136,8 @@ def save(
             "text": text,
             "note": dict(note),
         }
-        store.write(path, held, arrays)
+        with lock.holding(path, f"session {str(path)!r}", nested=True):
+            store.write(path, held, arrays, known)
 
 
 def read(path: Path) -> Saved:
@@ -151,14 +146,14 @@ def read(path: Path) -> Saved:
     Raises:
         SessionError: The file is unsound, or a value in it is not what was saved.
     """
-    held, arrays = store.read(path)
+    held, arrays, known = store.read_known(path)
     try:
-        return _saved(path, held, arrays)
+        return _saved(path, held, arrays, known)
     except _UNFIT:
         raise SessionError(f"session {str(path)!r} holds values that no stream has") from None
 
 
-def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array]) -> Saved:
+def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array], known: Known) -> Saved:
     """Check values one by one; any that is wrong raises some kind of error."""
     config = SinkConfig.from_dict(held["config"])
     position = natural(held["position"])
@@ -170,10 +165,11 @@ def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array]) -> Sav
     caches = [(_of(str, name), packed) for name, packed in _of(list, held["caches"])]
     text = None if held["text"] is None else _of(list, held["text"])
     note = _of(dict, held["note"])
-    return Saved(path, whose, config, position, recent, window, caches, text, note, arrays)
+    values = whose, config, position, recent, window, caches, text, note, arrays
+    return Saved(path, *values, known)
 
 
-def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Restored:
+def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Loop:
     """Go on from a session with an attached model.
 
     Args:
@@ -198,13 +194,27 @@ def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Restored:
         loop = _restored(model, saved)
     except _UNFIT:
         raise SessionError(f"session {name} does not fit the model") from None
-    return Restored(loop, saved.text, deepcopy(saved.note))
+    return loop
 
 
 _UNFIT = (
     KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError,
 )  # fmt: skip
 """What values of other types raise where they are used."""
+
+
+def open_text(saved: Saved, tokenizer: Any) -> ShownText | None:
+    """Return the text that was open when a session was saved, if one was.
+
+    Raises:
+        SessionError: Its state does not fit the tokenizer.
+    """
+    if saved.text is None:
+        return None
+    try:
+        return ShownText.restored(detokenizer_for(tokenizer), saved.text)
+    except (TypeError, ValueError):
+        raise SessionError(f"session {str(saved.path)!r} does not fit the tokenizer") from None
 
 
 def _restored(model: nn.Module, saved: Saved) -> Loop:
@@ -217,14 +227,14 @@ def _restored(model: nn.Module, saved: Saved) -> Loop:
         state = unpack(packed, arrays)
         if name != type(cache).__name__ or not _fits(state, template):
             raise ValueError(name)
-        fresh = [getattr(part, "ring", None) for part in leaves([cache])]
+        rings = [part for part in leaves([cache]) if isinstance(part, SinkCache)]
+        fresh = [part.ring for part in rings]
         cache.state = state
-        for part, ring in zip(leaves([cache]), fresh, strict=True):
+        for part, ring in zip(rings, fresh, strict=True):
             # A cache that its model never feeds stays at 0.
-            if not part.empty() and getattr(part, "tokens", saved.position) != saved.position:
+            if not part.empty() and part.tokens != saved.position:
                 raise ValueError(saved.position)
-            if ring is not None:
-                _check_ring(ring, part.ring, part.state)
+            _check_ring(ring, part.ring, part.state)
     key = arrays["key"]
     if key.dtype != mx.uint32 or key.shape != (2,):
         raise ValueError(key)
@@ -299,7 +309,7 @@ def _traced(model: nn.Module) -> tuple[list[Any], mx.array]:
     """Return the states of caches that one token went into, and the logits ``[1, vocabulary]``."""
     caches = make_cache(model)
     logits = _step(model, caches, 1)
-    return [cache.state for cache in caches], logits
+    return [plain(cache.state) for cache in caches], logits
 
 
 def _step(model: nn.Module, caches: list[Any], n: int) -> mx.array:

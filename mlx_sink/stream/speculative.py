@@ -18,6 +18,7 @@ from mlx_sink.cache.group import CacheGroup, leaves
 from mlx_sink.cache.rewindable import Rewindable, rollback_of
 from mlx_sink.errors import CacheError, InputError
 from mlx_sink.io.tensors import copied
+from mlx_sink.models.attach import make_cache
 from mlx_sink.models.vocabulary import vocabulary
 from mlx_sink.stream.sampler import Choice, History, Sampling, choose
 
@@ -212,3 +213,13 @@ def check_caches(caches: Sequence[Any], n: int, whose: str) -> None:
                 f"drafting {n} tokens takes as many spare slots, the {whose} has {spare}: "
                 f"attach it with SinkConfig(rollback={n})"
             )
+
+
+def draft_over(caches: list[Any], draft_model: nn.Module | None, n: int) -> Draft | None:
+    """Return the draft of a stream over some caches, if it is to have one."""
+    if draft_model is None:
+        return None
+    of_draft: list[Any] = list(make_cache(draft_model))
+    check_caches(caches, n, "model")
+    check_caches(of_draft, n, "draft model")
+    return Draft(draft_model, of_draft, n)

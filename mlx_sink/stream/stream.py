@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,18 +15,19 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sink.config import NUM_DRAFT_TOKENS, PREFILL_STEP
-from mlx_sink.errors import InputError, SessionError
+from mlx_sink.errors import InputError
 from mlx_sink.models.attach import make_cache
-from mlx_sink.stream import session
-from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet, wired
+from mlx_sink.stream import checks, session
+from mlx_sink.stream.answer import Answer, hidden_tokens, response
+from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet
 from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, fresh_key, greedy
 from mlx_sink.stream.session import Saved
-from mlx_sink.stream.speculative import Draft, check_caches
-from mlx_sink.stream.text.control import control_of
+from mlx_sink.stream.speculative import draft_over
 from mlx_sink.stream.text.detokenize import detokenizer_for
 from mlx_sink.stream.text.encode import Encoder, Piece
 from mlx_sink.stream.text.stop_strings import ShownText
 from mlx_sink.stream.text.tokens import token_ids
+from mlx_sink.stream.wired import wired
 
 
 class Stream:
@@ -64,11 +66,10 @@ class Stream:
         draft_model: nn.Module | None = None,
         num_draft_tokens: int = NUM_DRAFT_TOKENS,
     ):
-        if penalty_window < 1:
-            raise InputError(f"penalty_window must be at least 1, got {penalty_window}")
+        checks.integer("penalty_window", penalty_window, 1)
         caches: list[Any] = list(make_cache(model))
         key = fresh_key(seed)
-        draft = _draft(caches, draft_model, num_draft_tokens)
+        draft = draft_over(caches, draft_model, num_draft_tokens)
         loop = Loop(model, caches, key=key, penalty_window=penalty_window, draft=draft)
         self._begin(loop, tokenizer)
 
@@ -79,18 +80,16 @@ class Stream:
         self.tokenizer: Any = tokenizer if wrapped else TokenizerWrapper(tokenizer)
         self.note: dict[str, Any] = {}
         self._whose: dict[str, str] | None = None
+        self._known: dict[str, str] = {}  # sums of files, to notice what others save there
         self._text: ShownText | None = None
-        self._turn = 0
+        self._generation = 0
         self._cancelled = Event()
         self._read = 0
         self._reading_s = 0.0
 
     @classmethod
     def over(cls, model: nn.Module, tokenizer: Any, caches: list[Any]) -> Stream:
-        """Return a stream over given caches, which draws from MLX's own random state.
-
-        This is what mlx-lm's functions do; a stream of its own is more often wanted.
-        """
+        """Return a stream over given caches, which draws from MLX's own random state."""
         stream = cls.__new__(cls)
         stream._begin(Loop(model, caches, key=None), tokenizer)
         return stream
@@ -121,20 +120,13 @@ class Stream:
         stream = cls.__new__(cls)
         saved = path if isinstance(path, Saved) else session.read(Path(path))
         whose = session.fingerprint(model, tokenizer)
-        restored = session.resume(saved, model, whose)
-        loop = restored.loop
-        loop.draft = _draft(loop.caches, draft_model, num_draft_tokens)
+        loop = session.resume(saved, model, whose)
+        loop.draft = draft_over(loop.caches, draft_model, num_draft_tokens)
         if loop.draft and loop.recent:
             loop.draft.read(list(loop.recent))
         stream._begin(loop, tokenizer)
-        stream._whose, stream.note = whose, restored.note
-        if restored.text is not None:
-            try:
-                fresh = detokenizer_for(stream.tokenizer)
-                stream._text = ShownText.restored(fresh, restored.text)
-            except (TypeError, ValueError):
-                name = repr(str(saved.path))
-                raise SessionError(f"session {name} does not fit the tokenizer") from None
+        stream._whose, stream._known, stream.note = whose, dict(saved.known), deepcopy(saved.note)
+        stream._text = session.open_text(saved, stream.tokenizer)
         return stream
 
     def save(self, path: str | Path, note: Mapping[str, Any] | None = None) -> None:
@@ -148,27 +140,27 @@ class Stream:
             note: Anything JSON-ready to keep with it, found in `note` after `resume`.
 
         Raises:
-            OutputError: It cannot be written; the file before is as it was.
+            OutputError: It cannot be written, or another process is at it; the file is as before.
+            SessionError: Another stream was saved there since, and would be lost.
             CacheError: The stream is in the middle of a step of another thread.
         """
         self.note = dict(self.note if note is None else note)
         if self._whose is None:
             self._whose = session.fingerprint(self.model, self.tokenizer)
         text = self._text.state() if self._text else None
-        session.save(Path(path), self._loop, text, self._whose, self.note)
+        session.save(Path(path), self._loop, text, self._whose, self.note, self._known)
 
     def fork(self) -> Stream:
         """Return an independent copy, which goes on as this one would.
 
-        It has caches and random numbers of its own, at the same values. Text that is held back
-        goes with it.
+        It has caches, random numbers and held-back text of its own, at the same values.
 
         Raises:
             CacheError: The stream is in the middle of a step of another thread.
         """
         fork = type(self).__new__(type(self))
         fork._begin(self._loop.fork(), self.tokenizer)
-        fork.note, fork._whose = dict(self.note), self._whose
+        fork.note, fork._whose, fork._known = dict(self.note), self._whose, dict(self._known)
         if self._text is not None:
             fork._text = ShownText.restored(detokenizer_for(self.tokenizer), self._text.state())
         return fork
@@ -191,15 +183,12 @@ class Stream:
     @property
     def nbytes(self) -> int:
         """Bytes of the caches, the draft model's included."""
-        draft = self._loop.draft
-        caches = [*self.caches, *(draft.caches if draft else [])]
-        return sum(cache.nbytes for cache in caches)
+        return self._loop.nbytes
 
     @property
     def drafted(self) -> tuple[int, int]:
         """Tokens that the draft model has guessed so far, and how many of them were right."""
-        draft = self._loop.draft
-        return (draft.guessed, draft.right) if draft else (0, 0)
+        return self._loop.drafted
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the tokens that `feed` reads for a text.
@@ -241,13 +230,13 @@ class Stream:
         Raises:
             InputError: There is nothing to read, or a token is not in the model's vocabulary.
         """
-        tokens = self._tokens(text, special)
+        ids = self.encode(text, special=special) if isinstance(text, str) else text
+        tokens = token_ids(ids, self._loop.vocabulary, self.tokenizer)
         if not tokens:
             raise InputError("the prompt is empty")
-        if prefill_step_size < 1:
-            raise InputError(f"prefill_step_size must be at least 1, got {prefill_step_size}")
+        checks.integer("prefill_step_size", prefill_step_size, 1)
         self._cancelled.clear()
-        self._turn += 1
+        self._generation += 1
         self._text = None
         began = time.perf_counter()
         with wired(self.model):
@@ -255,10 +244,6 @@ class Stream:
         self._read += read
         self._reading_s += time.perf_counter() - began
         return read
-
-    def _tokens(self, text: str | Sequence[int] | mx.array, special: bool) -> list[int]:
-        tokens = self.encode(text, special=special) if isinstance(text, str) else text
-        return token_ids(tokens, self._loop.vocabulary, self.tokenizer)
 
     def generate(
         self,
@@ -294,66 +279,42 @@ class Stream:
             `cancel` there are no more.
 
         Raises:
-            InputError: ``max_tokens`` is out of range.
+            InputError: ``max_tokens`` is out of range, or an argument is of another type.
             CacheError: Nothing was read yet.
         """
-        if max_tokens == 0 or max_tokens < -1:
-            raise InputError(f"max_tokens must be positive, or -1 for no limit, got {max_tokens}")
+        checks.integer("max_tokens", max_tokens, 1, besides=-1)
+        stop = checks.strings("stop", stop)
+        processors = checks.functions("logits_processors", logits_processors)
         self._cancelled.clear()
-        self._turn += 1
-        if self._text is None or self._text.stops != tuple(stop):
+        self._generation += 1
+        if self._text is None or self._text.stops != stop:
             self._text = ShownText(detokenizer_for(self.tokenizer), stop)
-        hidden = frozenset[int]() if show_special_tokens else self._hidden(stop)
-        tokens = self._loop.tokens(Sampling(sampler, tuple(logits_processors)))
-        return self._responses(tokens, self._text, hidden, max_tokens, ignore_eos, flush)
+        answer = Answer(
+            self._text,
+            frozenset[int]() if ignore_eos else frozenset(self.tokenizer.eos_token_ids),
+            frozenset[int]() if show_special_tokens else hidden_tokens(self.tokenizer, stop),
+            max_tokens,
+            flush,
+        )
+        return self._responses(self._loop.tokens(Sampling(sampler, processors)), answer)
 
-    def _hidden(self, stop: Sequence[str]) -> frozenset[int]:
-        """Return the tokens that are not shown; what a stop string names is looked for in text."""
-        control = control_of(self.tokenizer)
-        named = {i for word, i in control.words.items() if any(word in text for text in stop)}
-        return control.hidden - named
-
-    def _responses(
-        self,
-        tokens: Iterator[Made],
-        text: ShownText,
-        hidden: frozenset[int],
-        max_tokens: int,
-        ignore_eos: bool,
-        flush: bool,
-    ) -> Iterator[GenerationResponse]:
+    def _responses(self, tokens: Iterator[Made], answer: Answer) -> Iterator[GenerationResponse]:
         """Turn tokens into text until one of the reasons to stop comes up."""
-        turn, n, reason = self._turn, 0, None
-        read, tps = self._read, self._read / max(self._reading_s, 1e-9)
+        generation, n, reason = self._generation, 0, None
+        read = self._read, self._read / max(self._reading_s, 1e-9)
         self._read, self._reading_s = 0, 0.0
         began = time.perf_counter()
         with wired(self.model):
             try:
                 while not reason and not self._cancelled.is_set():
-                    if turn != self._turn:
+                    if generation != self._generation:
                         raise InputError("the stream has moved on since: this answer is over")
-                    token, logprobs, from_draft = next(tokens)
+                    made = next(tokens)
                     n += 1
-                    ended = token in self.tokenizer.eos_token_ids and not ignore_eos
-                    shown = "" if ended or token in hidden else text.feed(token)
-                    full = n == max_tokens
-                    reason = "stop" if ended or text.stopped else "length" if full else None
-                    if not text.stopped and (ended or (full and flush)):
-                        shown += text.finish()
-                    if reason == "stop" or (full and flush):
+                    shown, reason = answer.take(made.token, n)
+                    if reason == "stop" or (reason and answer.flush):
                         self._text = None
-                    yield GenerationResponse(
-                        text=shown,
-                        token=token,
-                        logprobs=logprobs,
-                        from_draft=from_draft,
-                        prompt_tokens=read,
-                        prompt_tps=tps,
-                        generation_tokens=n,
-                        generation_tps=n / max(time.perf_counter() - began, 1e-9),
-                        peak_memory=mx.get_peak_memory() / 1e9,
-                        finish_reason=reason,
-                    )
+                    yield response(shown, made, n, reason, read, began)
             finally:
                 self._loop.settle()
 
@@ -371,8 +332,8 @@ class Stream:
         Raises:
             CacheError: More than can be taken back; nothing has changed then.
         """
-        self._turn += 1
-        self._loop.rollback(n)
+        self._generation += 1
+        self._loop.rollback(checks.integer("n", n, 0))
         self._text = None
 
     def flush(self) -> str:
@@ -387,13 +348,3 @@ class Stream:
         and can be fed and gone on with. When nothing runs, nothing happens.
         """
         self._cancelled.set()
-
-
-def _draft(caches: list[Any], draft_model: nn.Module | None, n: int) -> Draft | None:
-    """Return the draft of a stream over some caches, if it is to have one."""
-    if draft_model is None:
-        return None
-    of_draft: list[Any] = list(make_cache(draft_model))
-    check_caches(caches, n, "model")
-    check_caches(of_draft, n, "draft model")
-    return Draft(draft_model, of_draft, n)

@@ -17,6 +17,7 @@ import ast
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -41,8 +42,8 @@ MODULES = shlex.split("""
 """What is drawn from: what is wrong in these is wrong in every stream."""
 FEWEST, MOST = 5, 12
 """Test files that a module is tried with."""
-SECONDS = 600
-"""After which a run of the tests counts as failed: the mistake made something endless."""
+SECONDS = 900
+"""Of processor time, after which a run counts as failed: the mistake made something endless."""
 UNNOTICEABLE = {"frozen", "slots", "strict", "stacklevel", "check", "encoding"}
 """Arguments that no result depends on while the program is right."""
 
@@ -206,7 +207,8 @@ def first_failure(scratch: Path, tests: Sequence[str], *options: str) -> str | N
             text=True,
             cwd=scratch,
             env=environment,
-            timeout=SECONDS,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS)),
+            timeout=4 * SECONDS,  # What waits for ever takes no processor time.
         )
     except subprocess.TimeoutExpired:
         return "no end"

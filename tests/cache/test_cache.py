@@ -116,12 +116,6 @@ def test_attending_twice_is_refused():
         cache.take_layout()
 
 
-def test_quantising_is_refused():
-    """mlx-lm's kv_bits would be ignored in silence for a cache without this method."""
-    with pytest.raises(CacheError, match=r"from its first token .* SinkConfig\(kv_bits=8\)"):
-        empty().to_quantized(group_size=64, bits=8)
-
-
 def test_masks():
     """The layout masks; what the model passes on is a word at most."""
     cache = empty()

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from folder import make_folder
-from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 from tiny import TOLERANCE, build, cut, every, mixed, random_tokens, run
 
@@ -344,13 +343,6 @@ def test_head_dims_that_do_not_fit_are_refused():
             attach(
                 build("llama", head_dim=head_dim), SinkConfig(4, 20, kv_bits=8, kv_group_size=size)
             )
-
-
-def test_mlx_lm_s_own_option_names_ours():
-    model = model_of()
-    attach(model, SinkConfig(4, 20))
-    with pytest.raises(CacheError, match=r"attach with SinkConfig\(kv_bits=4\)"):
-        list(generate_step(mx.array([1, 2, 3]), model, kv_bits=4, quantized_kv_start=0))
 
 
 def test_the_rows_handed_to_a_kernel_are_not_kept():

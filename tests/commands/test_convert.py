@@ -281,7 +281,7 @@ def test_the_sample_text_is_the_default(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    module = sys.modules["mlx_sink.commands.convert.convert"]
+    module = sys.modules["mlx_sink.commands.convert.command"]
     monkeypatch.setattr(module, "sample_text", lambda: WORDS * 20)
     argv = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "made"), "--calibrate"]
     assert main(argv) == 0

@@ -70,6 +70,14 @@ def test_a_stream_goes_on_in_its_caches(loaded: tuple[Any, Any]):
     )
 
 
+def test_caches_that_grow_are_refused(folder: Path, loaded: tuple[Any, Any]):
+    """mlx-lm's own would serve, without bounds and without a word."""
+    plain = mlx_lm.load(str(folder))[0]
+    for caches in (make_prompt_cache(plain), loaded[0].make_cache()[:1]):
+        with pytest.raises(mlx_sink.InputError, match=r"from model.make_cache\(\), got \d of "):
+            next(mlx_sink.stream_generate(*loaded, "the cat", prompt_cache=caches))
+
+
 def test_mlx_lm_uses_the_bounded_cache(loaded: tuple[Any, Any]):
     """What is built on mlx-lm gets it without knowing."""
     model, tokenizer = loaded

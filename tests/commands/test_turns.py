@@ -314,11 +314,11 @@ def test_a_failed_save_is_a_warning_and_the_run_goes_on(
     """A disk that is full for a while: the file before stays, and a later save takes its place."""
     file, saves, plain = tmp_path / "s", [0], store._write
 
-    def write(*args: Any) -> None:
+    def write(*args: Any) -> str:
         saves[0] += 1
         if 3 <= saves[0] <= 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(*args)
+        return plain(*args)
 
     monkeypatch.setattr(store, "_write", write)
     text, said = run(*SAMPLING, *SMALL, *PROMPT, "--session", str(file), "-m", "60", "--json")

@@ -12,16 +12,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from folder import make_folder
+from tiny import VOCABULARY, build
 
 from mlx_sink.commands.compare import command as compare
 from mlx_sink.commands.compare.command import lengths_of, main
 from mlx_sink.commands.compare.page import notes
 from mlx_sink.commands.compare.panels import panels, wilson
+from mlx_sink.config import SinkConfig
 from mlx_sink.errors import InputError
 from mlx_sink.measure import losses
 from mlx_sink.measure.comparison import needles
 from mlx_sink.measure.comparison.methods import SAMPLED, USUAL
 from mlx_sink.measure.comparison.results import LINES, Results, Score
+from mlx_sink.measure.comparison.run import Comparison, ComparisonSettings
 
 TEXT = "the cat and the dog went to the sea and the cat sat down. " * 40
 SIZES = ["--num-sinks", "2", "--window", "22", "--prefill-step-size", "16", "--samples", "4"]
@@ -59,8 +62,8 @@ def measured(found: dict[str, Any]) -> Any:
     keys = ("length", "from", "count", "loss", "perplexity", "low", "high", "cache_bytes")
     return {
         "arms": {
-            name: (arm["tokens"], arm["stopped"], [[m[k] for k in keys] for m in arm["at"]])
-            for name, arm in found["arms"].items()
+            name: (run["tokens"], run["stopped"], [[m[k] for k in keys] for m in run["at"]])
+            for name, run in found["arms"].items()
         },
         **{key: found[key] for key in ("beside_recompute", "recall", "lengths", "config")},
     }
@@ -69,16 +72,16 @@ def measured(found: dict[str, Any]) -> Any:
 def test_measures_every_method_at_every_length(whole: dict[str, Any]):
     assert whole["finished"]
     assert whole["arms"].keys() == set(USUAL)
-    for name, arm in whole["arms"].items():
-        assert arm["stopped"] is None, name
-        assert [m["length"] for m in arm["at"]] == LENGTHS
-        for m in arm["at"]:
+    for name, run in whole["arms"].items():
+        assert run["stopped"] is None, name
+        assert [m["length"] for m in run["at"]] == LENGTHS
+        for m in run["at"]:
             assert m["low"] <= m["loss"] <= m["high"]
             assert 0 < m["ms_low"] <= m["ms"] <= m["ms_high"]
             assert m["peak_bytes"] > whole["model"]["weights"]
-        counts = [m["count"] for m in arm["at"]]
+        counts = [m["count"] for m in run["at"]]
         assert counts == ([4] * 3 if name == SAMPLED else [48, 52, 60])
-    held = {name: [m["cache_bytes"] for m in arm["at"]] for name, arm in whole["arms"].items()}
+    held = {name: [m["cache_bytes"] for m in run["at"]] for name, run in whole["arms"].items()}
     assert held["ours"] == held["window"] == held["rotating"] == [2 * 2 * 24 * 2 * 64 * 4] * 3
     assert max(held["bits8"]) < held["ours"][0]
     assert held["full"] == [2 * 2 * 256 * 2 * 64 * 4] * 3  # mlx-lm takes 256 slots at once.
@@ -107,6 +110,20 @@ def test_beside_recomputing(whole: dict[str, Any]):
         assert beside["count"] == 10
         ratio = math.log(beside["perplexity"] / beside["recompute"])
         assert beside["difference"] == pytest.approx(ratio, abs=1e-5)
+
+
+def test_samples_count_for_their_own_length_only():
+    """Where there are fewer tokens than samples, those of the length before are not taken in."""
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 81)
+    inputs, targets = losses.cut(tokens.tolist(), None)
+    settings = ComparisonSettings(SinkConfig(2, 6), (SAMPLED,), lengths=(40, 80), samples=64)
+    comparison = Comparison(build("llama", layers=1), inputs, targets, settings)
+    for _ in comparison.steps():
+        pass
+    first, second = comparison.runs[SAMPLED].at
+    assert (first.count, second.count) == (40, 40)
+    both = comparison.runs[SAMPLED].all_losses()
+    assert second.loss == pytest.approx(both[40:].mean(), abs=1e-5)
 
 
 @pytest.mark.parametrize("after", [9, 60])
@@ -145,7 +162,7 @@ def test_a_method_stops_when_its_time_is_out(model: Path, text: Path, tmp_path: 
     output = tmp_path / "run"
     assert main(arguments(model, text, output, "--arm-minutes", "1e-9", "--trials", "0")) == 0
     found = json.loads(output.with_name("run.json").read_text())
-    assert {arm["stopped"] for name, arm in found["arms"].items() if name != SAMPLED} == {
+    assert {run["stopped"] for name, run in found["arms"].items() if name != SAMPLED} == {
         "its time is out before the next length"
     }
     assert "stopped at 48 tokens: its time is out" in output.with_name("run.html").read_text()
@@ -247,6 +264,25 @@ def test_the_page_is_honest(whole: dict[str, Any]):
     assert page.count("<svg") == len(panels(Results.from_dict(whole))) == 7
     assert "http-equiv" in page
     assert not [word for word in ("<script", "<img", "<link", "@import") if word in page]
+
+
+def test_without_matplotlib_the_figures_are_there(
+    whole: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """The page has its tables and says what is missing; only the picture is left out."""
+    monkeypatch.setattr(compare.plots, "is_available", lambda: False)
+    source = whole["output"].with_name("run.json")
+    assert compare.main(["--from", str(source), "--output", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" not in page
+    assert page.count("<table") == whole["output"].with_name("run.html").read_text().count(
+        "<table"
+    )
+    assert not (tmp_path / "page.png").exists()
+    assert "pip install 'mlx-sink[plot]'" in capsys.readouterr().err
 
 
 def test_says_whether_the_model_can_copy(whole: dict[str, Any]):

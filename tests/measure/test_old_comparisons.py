@@ -23,11 +23,11 @@ from mlx_sink.models import demo
 
 DATA = Path(__file__).with_name("data")
 OLD: dict[str, Any] = json.loads((DATA / "results.json").read_text())
-ARGUMENTS = [
-    *("--text", str(demo.STORY), "--lengths", "64", "128", "--num-sinks", "2", "--window", "22"),
-    *("--samples", "4", "--prefill-step-size", "16", "--trials", "2"),
-    *("--arms", "ours", "recompute"),
-]
+OPTIONS = """
+    --lengths 64 128 --num-sinks 2 --window 22 --samples 4 --prefill-step-size 16 --trials 2
+    --arms ours recompute
+"""
+ARGUMENTS = ["--text", str(demo.STORY), *OPTIONS.split()]
 
 
 def measured(values: dict[str, Any]) -> dict[str, Any]:

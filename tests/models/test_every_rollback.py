@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from every import tiny
 from feeding import assert_close, feed, tokens_of
-from mlx_sink.architectures import VERIFIED
-from mlx_sink.attach import make_cache
-from mlx_sink.draft import Draft, check_caches
-from mlx_sink.group import CacheGroup
-from mlx_sink.loop import Loop, Sampling
 from tiny import every, mixed
 
-from mlx_sink import CacheError, SinkConfig, UnsupportedModelError, attach, session
+from mlx_sink import CacheError, SinkConfig, UnsupportedModelError, attach
+from mlx_sink.cache.group import CacheGroup
+from mlx_sink.models.architectures import VERIFIED
+from mlx_sink.models.attach import make_cache
+from mlx_sink.stream import session
+from mlx_sink.stream.loop import Loop, Sampling
+from mlx_sink.stream.speculative import Draft, check_caches
 
 S, W, R, E = 3, 10, 4, 18
 PLAIN, SPARE = SinkConfig(S, W, epoch=E), SinkConfig(S, W, epoch=E, rollback=R)
@@ -99,7 +100,7 @@ def test_groups_between_saving_copying_and_drafting(name: str, tmp_path: Path):
     loop = loop_of(model, tokens)
     loop.read(wrong[0].tolist())
     session.save(tmp_path / "s", loop, None, WHOSE, {})
-    resumed = session.resume(session.read(tmp_path / "s"), model, WHOSE).loop
+    resumed = session.resume(session.read(tmp_path / "s"), model, WHOSE)
     for other in (resumed, loop.fork(), loop):
         assert other.spare == R
         other.rollback(R)

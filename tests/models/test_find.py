@@ -164,9 +164,7 @@ def test_a_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch):
     """The hub's client says what to do about it in the lines after the first."""
 
     def download(name: str, **_: Any) -> str:
-        raise ConnectionError(
-            "401 Client Error.\n\nRepository Not Found.\nLog in for private ones."
-        )
+        raise ConnectionError("401 Client Error.\n\nNot Found.\nLog in for private ones.")
 
     monkeypatch.setattr(utils, "snapshot_download", download)
     said = "ConnectionError: 401 Client Error. Not Found. Log in for private ones."

@@ -141,7 +141,7 @@ def test_folders(case: str, name: str, good: Path, tmp_path: Path):
     assert {file.name for file in tmp_path.iterdir()} <= {"model", "text.txt"}
 
 
-@pytest.mark.parametrize("case", FOLDERS.keys() - PLANNED)
+@pytest.mark.parametrize("case", sorted(FOLDERS.keys() - PLANNED))
 def test_plans(case: str, good: Path, tmp_path: Path):
     change, words = FOLDERS[case]
     folder = tmp_path / "model"

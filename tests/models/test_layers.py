@@ -271,5 +271,3 @@ def test_the_bytes_of_a_group():
     assert group.nbytes == sum(part.nbytes for part in group.caches) > 0
     assert not group.empty()
     assert group_at(0).empty()
-    with pytest.raises(CacheError, match=r"attach with SinkConfig\(kv_bits=8\)"):
-        group.to_quantized(bits=8)

@@ -53,7 +53,7 @@ def test_templates_and_validators():
 def test_an_error_that_says_nothing_is_placed():
     line = one_line(raised(nothing_said))
     assert line.startswith("AssertionError: in line ")
-    assert line.endswith("test_one_line.py")
+    assert line.endswith("test_errors.py")
     assert one_line(ValueError()) == "ValueError"
 
 

@@ -141,7 +141,7 @@ def test_turns_are_what_the_template_writes(
     monkeypatch.setattr(
         mlx_sink.Stream, "feed", lambda self, tokens: fed.append(tokens) or feed(self, tokens)
     )
-    conversation = app.conversation("ann")
+    conversation = app.take("ann")
     for said in ("the </s>cat", "the <s>dog"):
         list(app.say(conversation, said))
     with pytest.raises(mlx_sink.InputError, match="empty"):

@@ -14,11 +14,12 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -145,7 +146,7 @@ def verdict_of(name: str, check: Callable[[], Verdict]) -> Verdict:
         check: Makes a new verdict, which is then stored.
     """
     path = folder() / f"{_key(name)}.json"
-    verdict = _read(path)
+    verdict = _verdict_in(_read(path))
     if verdict is None:
         verdict = check()
         _write(path, name, verdict)
@@ -178,11 +179,10 @@ def stored() -> dict[str, Verdict]:
     """Return the verdicts in `folder` that hold for this machine as it is now, by kernel."""
     here, verdicts = machine(), dict[str, Verdict]()
     for path in sorted(folder().glob("*.json")):
-        verdict = _read(path)
-        if verdict is not None:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            if all(facts.get(name) == value for name, value in here.items()):
-                verdicts[str(facts.get("kernel"))] = verdict
+        facts = _read(path)
+        verdict = _verdict_in(facts)
+        if verdict and all(facts.get(name) == value for name, value in here.items()):
+            verdicts[str(facts.get("kernel"))] = verdict
     return verdicts
 
 
@@ -191,15 +191,23 @@ def _key(name: str) -> str:
     return f"{name}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
-def _read(path: Path) -> Verdict | None:
-    """Return a stored verdict; None for a file that is missing or damaged."""
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of the store says; nothing if it is missing or damaged."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return Verdict(
-            bool(facts["passed"]), facts["error"], str(facts["reason"]), facts.get("speedup")
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        facts: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return cast("dict[str, Any]", facts) if isinstance(facts, dict) else {}
+
+
+def _verdict_in(facts: Mapping[str, Any]) -> Verdict | None:
+    passed, reason = facts.get("passed"), facts.get("reason")
+    error, speedup = facts.get("error"), facts.get("speedup")
+    if type(passed) is not bool or type(reason) is not str:
         return None
+    if any(type(number) not in (int, float, NoneType) for number in (error, speedup)):
+        return None
+    return Verdict(passed, error, reason, speedup)
 
 
 def _write(path: Path, name: str, verdict: Verdict) -> None:

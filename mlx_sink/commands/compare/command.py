@@ -20,7 +20,7 @@ from mlx_sink.commands.compare import page
 from mlx_sink.commands.numbers import add_integer, add_real
 from mlx_sink.commands.options import Parser, add_model_options, add_sink_options, program
 from mlx_sink.errors import ConfigError, InputError
-from mlx_sink.io import terminal
+from mlx_sink.io import lock, terminal
 from mlx_sink.io import text as text_io
 from mlx_sink.io.atomic import write_whole
 from mlx_sink.io.units import parse_tokens
@@ -268,7 +268,8 @@ def write(output: Path, results: Sequence[Results]) -> None:
     if len(results) == 1:
         write_whole(_with(output, ".json"), (as_json(results[0].to_dict(), 1) + "\n").encode())
     write_whole(_with(output, ".html"), page.page(results).encode())
-    plots.save(page.picture(results), _with(output, ".png"))
+    if plots.is_available():
+        plots.save(page.picture(results), _with(output, ".png"))
 
 
 def _with(path: Path, suffix: str) -> Path:
@@ -279,18 +280,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(argv)
-    plots.check()
-    if args.results:
-        write(args.output, [read_results(path) for path in args.results])
-    elif args.text is None:
+    if not plots.is_available():
+        terminal.warn(
+            f"without matplotlib there are no plots ({plots.INSTALL}): tables in "
+            f"{_with(args.output, '.html').name}, figures in {_with(args.output, '.json').name}"
+        )
+    if not args.results and args.text is None:
         raise ConfigError("--text names the text to compare on; or give --from results")
-    else:
-        for name in ("prefill_step_size", "samples"):
-            if getattr(args, name) < 1:
-                option = "--" + name.replace("_", "-")
-                raise ConfigError(f"{option} must be at least 1, got {getattr(args, name)}")
-        if args.trials < 0 or args.arm_minutes <= 0:
-            raise ConfigError("--trials must be at least 0, and --arm-minutes more than 0")
-        _Run(args, argv).go()
+    with lock.holding(args.output, f"comparison {str(args.output)!r}", warn=terminal.warn):
+        if args.results:
+            write(args.output, [read_results(path) for path in args.results])
+        else:
+            _Run(args, argv).go()
     terminal.write(f"{_with(args.output, '.html')}\n")
     return 0

@@ -35,11 +35,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def page(results: Sequence[Results]) -> str:
-    """Return the page of one run or more, as HTML.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Return the page of one run or more, as HTML; without matplotlib it has tables alone."""
     of_runs = [panels(run) for run in results]
     parts = ["<h1>Ways to keep a stream's context</h1>", _key(results), _runs(results)]
     for title in _titles(of_runs):
@@ -170,17 +166,23 @@ def _section(results: Sequence[Results], same: Sequence[Panel | None]) -> str:
     for i, (run, panel) in enumerate(zip(results, same, strict=True)):
         if panel is None:
             continue
-        figure = plots.new_figure(5.4, 3.2)
-        axes = figure.add_subplot()
-        draw(axes, panel, span)
-        _ink(axes)
         label = escape(_label(run)) if len(results) > 1 else ""
+        picture = _plot(panel, span, f"{panel.title}{i}") if plots.is_available() else ""
         figures.append(
-            f"<figure><figcaption>{label}</figcaption>{plots.svg(figure, f'{panel.title}{i}')}"
+            f"<figure><figcaption>{label}</figcaption>{picture}"
             f'<div class="scroll">{_table(panel)}</div></figure>'
         )
     title, about = escape(present[0].title), escape(present[0].about)
     return f'<h2>{title}</h2><p>{about}</p><div class="runs">{"".join(figures)}</div>'
+
+
+def _plot(panel: Panel, span: tuple[float, float] | None, salt: str) -> str:
+    """Draw a panel as SVG."""
+    figure = plots.new_figure(5.4, 3.2)
+    axes = figure.add_subplot()
+    draw(axes, panel, span)
+    _ink(axes)
+    return plots.svg(figure, salt)
 
 
 def _ink(axes: Any) -> None:

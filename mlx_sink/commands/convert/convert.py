@@ -20,7 +20,7 @@ from mlx_sink.commands.convert import progress as writing
 from mlx_sink.commands.convert.card import write_calibration
 from mlx_sink.commands.convert.quantize import Recipe, rewritten
 from mlx_sink.errors import OutputError, one_line
-from mlx_sink.io import atomic, terminal
+from mlx_sink.io import atomic, lock, terminal
 from mlx_sink.io.units import format_bytes
 from mlx_sink.measure.calibrate import Calibration, calibrate, read
 from mlx_sink.models.attach import attach, detach
@@ -104,14 +104,31 @@ def convert(
         ModelError: The checkpoint cannot be found, is damaged, or is not of safetensors files.
         UnsupportedModelError: The contract cannot be kept for this model.
         ConfigError: The recipe does not fit the model.
-        OutputError: The folder exists or cannot be written.
+        OutputError: The folder exists, cannot be written, or is being made by another process.
     """
+    target = Path(mlx_path).expanduser()
+    _check_target(target)
+    with lock.holding(target, f"folder {str(target)!r}", warn=terminal.warn):
+        _check_target(target)  # another process may have made it meanwhile
+        atomic.clean(target)
+        return _convert(
+            str(hf_path), target, recipe or Recipe(), calibrate_on, revision, trust_remote_code
+        )
+
+
+def _convert(
+    name: str,
+    target: Path,
+    recipe: Recipe,
+    calibrate_on: Text | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Converted:
     start = time.perf_counter()
-    target, recipe = _target(Path(mlx_path)), recipe or Recipe()
-    source = find_checkpoint(str(hf_path), revision)
+    source = find_checkpoint(name, revision)
     # Lazily: shapes and types are known, no weight is read yet.
     model, tokenizer, config = by_mlx_lm(
-        str(hf_path), source, lazy=True, trust_remote_code=trust_remote_code
+        name, source, lazy=True, trust_remote_code=trust_remote_code
     )
     own = Settings.of(config)
     context = checkpoint.trained_context(config)
@@ -128,7 +145,7 @@ def convert(
             with writing.progress(folder, nbytes, shards):
                 _save(folder, source, model, tokenizer, config)
             del model
-            if repository := repository_of(str(hf_path)):
+            if repository := repository_of(name):
                 _write_card(folder, repository)
             checkpoint.check(folder)
             if calibrate_on is not None:
@@ -140,15 +157,12 @@ def convert(
     return Converted(target, nbytes, shards, seconds, report, calibration)
 
 
-def _target(path: Path) -> Path:
-    """Check where the folder is to go, and remove what a killed conversion left there."""
-    path = path.expanduser()
+def _check_target(path: Path) -> None:
+    """Raise unless the folder can go there."""
     if os.path.lexists(path):
         raise OutputError(f"{str(path)!r} exists: remove it, or name another --mlx-path")
     if not path.name or not path.parent.is_dir():
         raise OutputError(f"{str(path)!r} cannot be made: there is no folder {str(path.parent)!r}")
-    atomic.clean(path)
-    return path
 
 
 def _report(model: nn.Module, own: Settings, context: int | None) -> Report:

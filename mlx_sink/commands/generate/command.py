@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from mlx_sink.commands.generate.options import PROG, parse, parser
-from mlx_sink.io import terminal
+from mlx_sink.io import lock, terminal
 
 __all__ = ["PROG", "main", "parser"]
 
@@ -19,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 130 after Ctrl-C, which is no more than the end of `--follow`; errors are raised.
     """
     args, stated = parse(argv)
-    # Only now: these import mlx-lm and transformers, which takes seconds.
-    from mlx_sink.commands.generate.run import Run
-    from mlx_sink.commands.generate.statistics import summary
+    with terminal.notes_as_json(args.json), _locked(args.session):
+        # Only now: these import mlx-lm and transformers, which takes seconds.
+        from mlx_sink.commands.generate.run import Run
+        from mlx_sink.commands.generate.statistics import summary
 
-    with terminal.notes_as_json(args.json):
         run = Run(args, stated)
         with terminal.Interrupt() as interrupt:
             try:
@@ -34,3 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(statistics) if args.json else summary(statistics, PROG), file=sys.stderr)
     ended = args.follow is not None and interrupt.status == terminal.STATUS_INTERRUPTED
     return 0 if ended else interrupt.status
+
+
+def _locked(session: str | None) -> AbstractContextManager[None]:
+    """Keep other processes off the session, if there is one, while the command runs."""
+    if session is None:
+        return nullcontext()
+    return lock.holding(Path(session), f"session {session!r}", warn=terminal.warn)

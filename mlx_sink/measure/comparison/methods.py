@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.models.attach import attach, make_cache
@@ -42,10 +42,15 @@ def full_caches(model: nn.Module) -> list[Any]:
 
 def rotating_caches(model: nn.Module, capacity: int, keep: int) -> list[Any]:
     """Return mlx-lm's caches, a `RotatingKVCache` in the place of each that would grow."""
-    return [
-        RotatingKVCache(max_size=capacity, keep=keep) if type(cache) is KVCache else cache
-        for cache in full_caches(model)
-    ]
+
+    def bounded(cache: Any) -> Any:
+        if type(cache) is KVCache:
+            return RotatingKVCache(max_size=capacity, keep=keep)
+        if type(cache) is CacheList:
+            return CacheList(*map(bounded, cache.caches))
+        return cache
+
+    return [bounded(cache) for cache in full_caches(model)]
 
 
 def config_of(method: str, config: SinkConfig) -> SinkConfig:
@@ -80,4 +85,4 @@ def chunk_of(method: str, chunk: int) -> int:
 
 def nbytes(caches: Sequence[Any]) -> int:
     """Return the bytes that caches hold."""
-    return sum(int(part.nbytes) for c in caches for part in getattr(c, "caches", [c]))
+    return sum(int(cache.nbytes) for cache in caches)
