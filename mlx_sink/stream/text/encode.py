@@ -112,6 +112,12 @@ class Encoder:
         return ids
 
     def _raw(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text has half a character (a surrogate) at place {error.start}: take it out"
+            ) from None
         encode = self._tokenizer.encode
         return list(cast("Iterable[int]", encode(text, add_special_tokens=add_special_tokens)))
 
