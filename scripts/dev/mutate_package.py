@@ -189,7 +189,7 @@ def concerned(module: Path) -> list[Path]:
             edge = {path for file in edge for path in _named(file)} - seen
             seen, steps = seen | edge, steps + 1
         if edge:
-            distances[test] = 0 if module.stem in test.stem.split("_") else steps
+            distances[test] = 0 if f"_{module.stem}_" in f"{test.stem}_" else steps
     near = sorted(distances, key=lambda test: (distances[test], test.name))
     direct = sum(distances[test] <= 1 for test in near)
     return near[: min(max(direct, FEWEST), MOST)]
