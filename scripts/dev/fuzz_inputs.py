@@ -35,6 +35,9 @@ ALLOWED = {0, 2, 3, 130}
 SECONDS = 20
 """A case that takes longer hangs."""
 
+STARTING = 180
+"""Seconds in which a child must have begun: it imports mlx-lm first."""
+
 VALUES: list[Any] = [None, "", "x", "auto", -1, 0, 1, 3, 0.5, 10**9, 2**63, 1e308, True, False]
 VALUES += [[], {}, [None], {"a": 1}, [1] * 5, "\u0000", "é" * 50, "../.."]
 VALUES += [{"rope_type": "x"}, {"quant_method": "awq"}, {"bits": "x", "group_size": []}]
@@ -291,20 +294,21 @@ def main() -> int:
         worker, pipe = start(context, str(good))
         for seed in range(args.first, args.first + args.cases):
             pipe.send(seed)
-            began, label, result = time.monotonic(), "", None
+            ends, label, result = time.monotonic() + STARTING, "", None
             while result is None:
-                if not pipe.poll(max(0.0, SECONDS - (time.monotonic() - began))):
+                if not pipe.poll(max(0.0, ends - time.monotonic())):
                     worker.kill()
                     result = (None, f"hangs for {SECONDS} s", "")
                     break
                 try:
                     message = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     worker.join()
                     result = (None, f"crashes ({worker.exitcode})", "")
                     break
                 if message[0] == "begin":
                     label = f"{message[1]}: {message[2]} {message[3]}"
+                    ends = time.monotonic() + SECONDS
                 else:
                     result = message[1:]
             status, wrong, said = result

@@ -81,10 +81,16 @@ class Runner:
         self._saved_at = stream.position
 
     def show(self, text: str) -> None:
-        """Show a piece of text, and count it."""
+        """Show a piece of text, and count it.
+
+        Where it cannot be shown it stays in the place: a run that goes on shows it first.
+        """
+        text = self.place.pop("unshown", "") + text
         if text:
+            self.place["unshown"] = text
             self._show(text)
-            self.place["written"] += len(text.encode())
+            del self.place["unshown"]
+            self.place["written"] += len(text.encode("utf-8", "replace"))
 
     def read(
         self, tokens: Sequence[int], progress: Progress = quiet, *, whole: bool = False

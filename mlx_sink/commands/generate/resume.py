@@ -77,6 +77,7 @@ def _check_place(place: dict[str, Any]) -> None:
     checks: dict[str, Callable[[Any], object]] = {
         **dict.fromkeys(("read", "made", "written"), natural),
         "ended": _check_flag,
+        "unshown": text_of,
         "turn": _check_turn,
         "follow": check_place,
     }

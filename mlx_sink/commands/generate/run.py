@@ -20,6 +20,7 @@ from mlx_sink.commands.generate.follow import Follower
 from mlx_sink.commands.generate.options import check, num_draft_tokens, parser
 from mlx_sink.commands.generate.prompt import Asked
 from mlx_sink.commands.options import kv_settings
+from mlx_sink.errors import OutputError
 from mlx_sink.io import terminal
 from mlx_sink.io.units import parse_bytes
 from mlx_sink.measure import budget
@@ -141,6 +142,18 @@ class Run:
         if self.resumed_at is None:
             # Where it cannot be saved, say so before the work is done.
             runner.save()
+        try:
+            self._take(runner)
+        except (OutputError, BrokenPipeError):
+            # The reader, or the terminal, is gone: what was made is not.
+            runner.save()
+            raise
+        runner.save()
+
+    def _take(self, runner: Runner) -> None:
+        """Read and answer, once or for every marker of the followed file."""
+        args = self.args
+        runner.show("")
         if args.follow is not None:
             around, question = self.asked.around(), self.asked.text
             special = args.allow_special_tokens
@@ -151,7 +164,6 @@ class Run:
             runner.show(self.stream.flush())
         if args.follow is None and (self.file is None or sys.stdout.isatty()):
             terminal.write("\n")
-        runner.save()
 
     def _progress(self, done: int, total: int) -> None:
         """Show how far the prompt is read; short prompts need no bar."""
