@@ -73,6 +73,16 @@ SLOW = [
     Slow("test_quantised.py", "test_cuts_change_no_logits", ("llama-8", "qwen3-4", "smollm3-4")),
     Slow("test_plan.py", "_byte", ("gqa", "chunks", "recurrent and", "latent]", "exp", "lent k")),
     Slow("test_turns.py", "test_an_interrupted_turn", (r"\[0]", r"\[3]", r"\[20]", r"\[63]")),
+    Slow("test_transformers_configs.py", "test_the_default_of_a_class_builds", 6),
+    Slow("test_transformers_configs.py", "test_fields_under_two_names", ("qwen3_moe", "mellum")),
+    Slow(
+        "test_plan_and_convert.py",
+        "either_key",
+        (r"\[dtype-bfloat16-float32", r"\[torch_dtype-bfloat16-float32", "None-float32"),
+    ),
+    Slow("test_plan_and_convert.py", "test_architectures", ("gemma3n", "gpt_oss-None")),
+    Slow("test_quantization.py", "test_what_is_not_read", ("-plan", "bitsandbytes-", "FP8-")),
+    Slow("test_folders.py", "test_folders", ("-generate",)),
     Slow("test_budget.py", "test_mlx_holds", ("llama", "gemma", "phi3", "mixtral")),
     # What takes long, or a program that not everyone has.
     Slow("test_compare.py", "test_an_interrupted_run_is_resumed", (r"\[9]",)),

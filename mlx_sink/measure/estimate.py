@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_sink.config import BITS
-from mlx_sink.errors import ConfigError
+from mlx_sink.errors import ConfigError, ModelError, SinkError, one_line
 from mlx_sink.io import records
 from mlx_sink.measure import budget
 from mlx_sink.measure.costs import Costs, costs_of
@@ -166,7 +166,13 @@ def estimate(
     model, fields = unread.model, unread.config
     context = trained_context(getattr(model, "args", None)) or trained_context(fields)
     config, _ = settings.apply(settings.Settings.of(fields), context, num_sinks, window)
-    costs = costs_of(model, config)
+    try:
+        costs = costs_of(model, config)
+    except SinkError:
+        raise
+    except Exception as error:
+        # Sizes that no model has make MLX and mlx-lm raise all kinds.
+        raise ModelError(f"{name!r} cannot be planned: {one_line(error)}") from None
     capacity = config.capacity
     return Estimate(
         model=name,

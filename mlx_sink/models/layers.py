@@ -84,9 +84,9 @@ def bounded_caches(native: Sequence[Any], config: SinkConfig, make: Make) -> lis
         if kind is mlx_lm_cache.KVCache:
             return make(config, Kind.FULL)
         if kind is mlx_lm_cache.RotatingKVCache and not cache.keep:
-            return make(window_config(config, int(cache.max_size)), Kind.WINDOW)
+            return make(window_config(config, _size(cache.max_size, where)), Kind.WINDOW)
         if kind is mlx_lm_cache.ChunkedKVCache:
-            return make(window_config(config, int(cache.chunk_size)), Kind.CHUNK)
+            return make(window_config(config, _size(cache.chunk_size, where)), Kind.CHUNK)
         if kind is mlx_lm_cache.ArraysCache:
             return cache
         if kind is mlx_lm_cache.CacheList:
@@ -94,6 +94,15 @@ def bounded_caches(native: Sequence[Any], config: SinkConfig, make: Make) -> lis
         raise UnsupportedModelError(f"{where} wants a {kind.__name__}, which is not known")
 
     return [bounded(cache, f"layer {i}") for i, cache in enumerate(native)]
+
+
+def _size(value: object, where: str) -> int:
+    """Return the size of a cache, which is whatever config.json says."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedModelError(
+            f"{where} has a window of {value!r}, which is no number of tokens"
+        )
+    return value
 
 
 def window_config(config: SinkConfig, window: int) -> SinkConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,12 @@ BAD: dict[str, tuple[dict[str, Any] | None, type[Exception], str]] = {
         ModelError,
         "unknown field 'grup_size' in quantization",
     ),
+    "layers": (
+        {"num_hidden_layers": 10**9},
+        ModelError,
+        "says num_hidden_layers is 1000000000: at most 10000",
+    ),
+    "text layers": ({"text_config": {"n_layers": 10**9}}, ModelError, "says n_layers is 100000"),
     "no such bits": ({"quantization": {"bits": 9}}, ModelError, "quantization"),
 }
 
@@ -240,6 +247,13 @@ def test_bad_configurations_are_named(case: str, tmp_path: Path):
         estimate(str(tmp_path))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("window", [{}, "x", 0, 1.5, True])
+def test_a_window_that_is_no_number_of_tokens(window: Any, tmp_path: Path):
+    path = written(tmp_path, "gpt_oss", {}, sliding_window=window)
+    with pytest.raises(UnsupportedModelError, match=f"a window of {re.escape(repr(window))}, "):
+        estimate(str(path), window=8)
 
 
 def test_lengths():

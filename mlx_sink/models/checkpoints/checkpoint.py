@@ -23,6 +23,12 @@ CONFIG = "config.json"
 PATTERN = "model*.safetensors"
 """The weight files that mlx-lm reads."""
 
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_transformer_layers")
+"""What the number of layers is called."""
+
+MAX_LAYERS = 10_000
+"""Layers of a model at most: mlx-lm would build them one by one, however many are asked for."""
+
 MAX_HEADER = 100_000_000
 """Bytes of a header at most, as in the safetensors library."""
 
@@ -67,7 +73,7 @@ class Checkpoint:
         if not any(next(self.path.glob(pattern), None) for pattern in TOKENIZERS):
             return f"it has no tokenizer, such as tokenizer.json ({reason})"
         tool = quantization.describe(self.config)
-        return reason if tool is None else f"{reason} (its weights are quantised with {tool})"
+        return reason if tool is None else f"{reason} (weights quantised with {tool})"
 
 
 def check(path: Path) -> Checkpoint:
@@ -143,6 +149,13 @@ def read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{str(file)!r} names no model_type{_instead(file.parent)}")
+    for level in (config, _fields(config.get("text_config"))):
+        for field in LAYERS:
+            layers = level.get(field)
+            if isinstance(layers, int) and layers > MAX_LAYERS:
+                raise ModelError(
+                    f"{str(file)!r} says {field} is {layers}: at most {MAX_LAYERS} are built"
+                )
     return config
 
 

@@ -177,7 +177,7 @@ def refusal(config: Mapping[str, Any], architecture: str) -> str | None:
     if reads.get(str(method), False):
         return None
     return (
-        f"its weights are quantised with {describe(config)}, which mlx-lm does not read for "
+        f"weights quantised with {describe(config)}, which mlx-lm does not read for "
         f"{architecture}: {_ADVICE}"
     )
 
