@@ -275,6 +275,7 @@ class SinkCache(Rewindable, Refusals):
         """The arrays and the integers of the ring, in the form mlx-lm evaluates and copies.
 
         The arrays are the live ones, which later tokens are written into: copy them to keep them.
+        The last part keeps mlx-lm from saving them (`Unsaved`), and need not be given back.
         """
         ring = self.ring
         sizes, stands = (ring.num_sinks, ring.window, ring.epoch), (ring.tokens, ring.start)

@@ -13,6 +13,7 @@ from forgery import forged, places
 import mlx_sink
 from mlx_sink import SinkConfig, SinkError, Stream
 from mlx_sink.commands.generate import command
+from mlx_sink.commands.generate import run as generate_run
 from mlx_sink.commands.generate.tail import Tail
 from mlx_sink.io import tensors as store
 from mlx_sink.io import terminal
@@ -43,7 +44,7 @@ def loaded(folder: Path) -> Loaded:
 @pytest.fixture
 def run(loaded: Loaded, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run the command in this process; the model is loaded once for all."""
-    monkeypatch.setattr(command, "load_unattached", lambda *_, **__: loaded)
+    monkeypatch.setattr(generate_run, "load_unattached", lambda *_, **__: loaded)
 
     def run(*argv: str) -> None:
         assert command.main(["--model", str(folder), *argv]) in (0, 130)

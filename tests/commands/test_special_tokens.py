@@ -20,6 +20,7 @@ import mlx_sink
 from mlx_sink import SinkConfig, Stream
 from mlx_sink.commands.generate.command import main
 from mlx_sink.stream import session
+from mlx_sink.stream.text.stop_strings import ShownText
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -185,13 +186,21 @@ def test_control_tokens_are_printed_where_asked_for(run: Run, plain: Path):
     assert len(hidden) > 200
 
 
-def test_an_answer_that_never_ends_is_no_other_s_turn(run: Run, chat: Path):
+def test_an_answer_that_never_ends_is_no_other_s_turn(
+    run: Run, chat: Path, monkeypatch: pytest.MonkeyPatch
+):
     """An end that goes on would be the user's next words, in the model's mouth."""
-    assert "</s>" in run(chat, *LONG, "--ignore-chat-template", "--show-special-tokens")
-    shown = run(chat, *LONG, "--show-special-tokens")
-    assert "</s>" not in shown
-    assert "<s>" not in run(chat, *LONG)
-    assert len(shown) > 200
+    made: list[int] = []
+    feed = ShownText.feed
+    monkeypatch.setattr(ShownText, "feed", lambda s, token: made.append(token) or feed(s, token))
+    ends = [str(token) for token in range(2, 200)]
+    argv = [*LONG, "--show-special-tokens", "--extra-eos-token", *ends]
+    run(chat, *argv, "--ignore-chat-template")
+    assert {int(end) for end in ends} & set(made)
+    made.clear()
+    run(chat, *argv)
+    assert len(made) == 300
+    assert not {EOS, *map(int, ends)} & set(made)
 
 
 def test_a_stop_string_may_name_a_control_token(run: Run, plain: Path):

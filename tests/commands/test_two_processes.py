@@ -119,9 +119,10 @@ def test_without_locks_the_command_says_so_and_goes_on(
     argv = ["--model", str(folder), "--session", str(file), "-m", "5", "--save-every", "1"]
     assert generate([*argv, "-p", "the cat"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "lock" in line]
+    why = os.strerror(errno.EOPNOTSUPP)
     assert told == [
-        f"warning: session {str(file)!r} cannot be locked (Operation not supported): see to it "
-        "that no other process works on it"
+        f"warning: session {str(file)!r} cannot be locked ({why}): see to it that no other process "
+        "works on it"
     ]
     save, saves = Stream.save, [0]
 

@@ -153,6 +153,15 @@ def test_the_demo_reads_as_before_and_a_control_word_as_text():
     assert tokenizer.decode(ids) == "One </s> day <s>"
 
 
+def test_half_a_character_is_told():
+    tokenizer = fast("byte-level")
+    for text in ("the \udcff", "the </s>\udcff"):
+        with pytest.raises(InputError, match="half a character"):
+            Encoder(tokenizer).encode(Piece(text))
+        with pytest.raises(InputError, match="half a character"):
+            render(tokenizer, text)
+
+
 # What a tokenizer adds.
 
 

@@ -72,13 +72,15 @@ def test_saving_elsewhere_does_not_make_it_right(file: Path, loaded: tuple[Any, 
 
 def test_a_fork_knows_what_its_stream_knew(file: Path, loaded: tuple[Any, Any]):
     stream = Stream.resume(file, *loaded)
-    fork = stream.fork()
+    fork, other = stream.fork(), stream.fork()
     fork.feed("the sea")
     fork.save(file)
     stream.feed("a dog")
-    with pytest.raises(SessionError, match=LOST):
-        stream.save(file)
+    for late in (stream, other, stream.fork()):
+        with pytest.raises(SessionError, match=LOST):
+            late.save(file)
     fork.save(file)
+    fork.fork().save(file)
 
 
 def test_a_stream_that_knows_nothing_of_a_file_replaces_it(file: Path, loaded: tuple[Any, Any]):
@@ -117,14 +119,15 @@ def test_names_of_one_file(file: Path, loaded: tuple[Any, Any], monkeypatch: pyt
     monkeypatch.chdir(file.parent)
     Path("link").symlink_to("s")
     first, second = Stream.resume("link", *loaded), Stream.resume("./s", *loaded)
-    second.save("link")
     second.save(file)  # the same as before: nothing is lost
     first.feed("the sea")
     first.save("s")
     second.feed("a dog")
-    with pytest.raises(SessionError, match=LOST):
-        second.save("link")
+    for name in ("link", "s", f"../{file.parent.name}/s"):
+        with pytest.raises(SessionError, match=LOST):
+            second.save(name)
     assert Path("link").is_symlink()
+    first.save("link")
 
 
 def test_a_failed_save_changes_nothing_that_is_known(

@@ -247,6 +247,25 @@ def test_a_draft_of_other_sizes_changes_nothing(loaded: tuple[Any, Any]):
         assert take(uneven(rows, width, rollback=3)) == alone
 
 
+def test_a_draft_reads_only_what_it_has_rows_for(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+):
+    draft, read = uneven(40, 400, rollback=3), list[int]()
+    forward = Uneven.__call__
+
+    def noted(self: Uneven, tokens: mx.array, cache: Any = None) -> mx.array:
+        if self is draft:
+            read.append(tokens.max().item())
+        return forward(self, tokens, cache=cache)
+
+    monkeypatch.setattr(Uneven, "__call__", noted)
+    stream = Stream(uneven(64, 64, rollback=3), loaded[1], seed=1, draft_model=draft)
+    stream.feed([1, 63, 50, 2])
+    made = stream.generate(40, sampler=make_sampler(1.0), ignore_eos=True)
+    assert max(response.token for response in made) > 50
+    assert max(read) == 39
+
+
 def test_a_session_with_tokens_of_another_vocabulary(loaded: tuple[Any, Any], tmp_path: Path):
     model = uneven(64, 400)
     stream = Stream(model, loaded[1], seed=1)

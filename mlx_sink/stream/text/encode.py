@@ -112,6 +112,12 @@ class Encoder:
         return ids
 
     def _raw(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text has half a character (a surrogate) at place {error.start}: take it out"
+            ) from None
         encode = self._tokenizer.encode
         return list(cast("Iterable[int]", encode(text, add_special_tokens=add_special_tokens)))
 
@@ -204,8 +210,6 @@ class _Twin:
 
     def encode(self, pieces: Sequence[Piece]) -> list[int] | None:
         """Encode pieces; ``None`` if stand-ins and text cannot be told from each other."""
-        if any(STAND_IN in piece.text for piece in pieces):
-            return None
         text = "".join(
             self._words.sub(lambda word: self._stand_ins[word[0]], piece.text)
             if piece.special
@@ -213,7 +217,8 @@ class _Twin:
             for piece in pieces
         )
         ids = cast("list[int]", self._tokenizer.encode(text, add_special_tokens=False))
-        # A word that the tokenizer does not see at its place is seen by no other name either.
+        # A word that the tokenizer does not see at its place is seen by no other name either, and
+        # someone may have written what stands in for one.
         if 2 * sum(i in self._ids for i in ids) != text.count(STAND_IN):
             return None
         return [self._ids.get(i, i) for i in ids]

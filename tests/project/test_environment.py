@@ -1,11 +1,14 @@
-"""However the tests are started, a test and its children have the signals of a terminal."""
+"""However the tests are started, and by whom, a test finds the same signals, folders, switches."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 DEFAULTS = {
     signal.SIGINT: signal.default_int_handler,
@@ -31,3 +34,11 @@ def test_in_the_background_too():
     done = subprocess.run(shell, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
+
+
+def test_what_this_user_keeps_is_left_alone(tmp_path_factory: pytest.TempPathFactory):
+    """No verdict on a kernel is read from the user's folder, or written into it."""
+    from mlx_sink.kernels import selfcheck
+
+    assert selfcheck.folder().is_relative_to(tmp_path_factory.getbasetemp())
+    assert selfcheck.SWITCH not in os.environ
