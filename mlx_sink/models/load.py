@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -206,15 +208,20 @@ def by_mlx_lm(
         _check_adapter(adapter)
     spelled = spelling.for_mlx_lm(found.config, found.tensors) | (model_config or {})
     try:
-        # mlx-lm and transformers raise whatever a damaged file happens to trip over.
-        loaded = mlx_lm.load(
-            str(found.path),
-            return_config=True,
-            model_config=spelled,
-            trust_remote_code=trust_remote_code,
-            tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
-            **options,
-        )
+        # mlx-lm prints some warnings to stdout, where the text of a command goes. And both it and
+        # transformers raise whatever a damaged file happens to trip over.
+        with contextlib.redirect_stdout(sys.stderr):
+            loaded = mlx_lm.load(
+                str(found.path),
+                return_config=True,
+                model_config=spelled,
+                trust_remote_code=trust_remote_code,
+                tokenizer_config={
+                    "trust_remote_code": trust_remote_code,
+                    **(tokenizer_config or {}),
+                },
+                **options,
+            )
     except Exception as error:
         reason = found.explained(error)
         if not trust_remote_code and "trust_remote_code" in str(error):

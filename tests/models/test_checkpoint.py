@@ -158,3 +158,17 @@ def _renamed_type(data: bytes, old: bytes, new: bytes) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].replace(b'"' + old + b'"', b'"' + new + b'"')
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def test_what_mlx_lm_prints_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its Phi 3 says on stdout that it leaves out a kind of scaling."""
+    folder = make_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    scaling = {"type": "yarn", "long_factor": [1.0], "factor": 2.0}
+    model = {"model_type": "phi3", "rope_scaling": scaling}
+    (folder / "config.json").write_text(json.dumps(config | model))
+    with pytest.raises(ModelError, match="parameters"):  # Those are a llama's.
+        mlx_sink.load(folder)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "[WARNING]" in captured.err
