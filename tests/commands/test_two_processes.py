@@ -121,8 +121,8 @@ def test_without_locks_the_command_says_so_and_goes_on(
     told = [line for line in capsys.readouterr().err.splitlines() if "lock" in line]
     why = os.strerror(errno.EOPNOTSUPP)
     assert told == [
-        f"warning: session {str(file)!r} cannot be locked ({why}): see to it that no other process "
-        "works on it"
+        f"warning: session {str(file)!r} cannot be locked ({why}): see to it that no other "
+        "process works on it"
     ]
     save, saves = Stream.save, [0]
 
