@@ -38,7 +38,7 @@ def test_in_the_background_too():
 
 def test_what_this_user_keeps_is_left_alone(tmp_path_factory: pytest.TempPathFactory):
     """No verdict on a kernel is read from the user's folder, or written into it."""
-    from mlx_sink.kernels import selfcheck
+    from mlx_sink.attention.kernels import trust
 
-    assert selfcheck.folder().is_relative_to(tmp_path_factory.getbasetemp())
-    assert selfcheck.SWITCH not in os.environ
+    assert trust.folder().is_relative_to(tmp_path_factory.getbasetemp())
+    assert trust.SWITCH not in os.environ

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.commands.convert.convert import convert
 from mlx_sink.commands.convert.quantize import Recipe
-
-attach_module = sys.modules["mlx_sink.attach"]
+from mlx_sink.models.architectures import VERIFIED
 
 TOLERANCE = 1e-3
 """As the logits of float32 are to agree; a hundredth of it is seen."""
@@ -82,7 +80,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _case(name: str) -> Any:
     """Skip, with the reason, what attach does not take (yet)."""
-    skip = name == "gemma2" and name not in getattr(attach_module, "SUPPORTED", (name,))
+    skip = name not in VERIFIED
     return pytest.param(name, marks=pytest.mark.skipif(skip, reason=f"{name} is not supported"))
 
 

@@ -274,7 +274,7 @@ BREAKS: dict[type[Attention], str] = {
     Noisy: PLAIN,
     NotANumber: PLAIN + "nan of their spread)",
     Fails: "its forward pass fails with a bounded cache (AttributeError: 'WatchedCache'",
-    FailsLater: CHECK[:-2] + " (ValueError: too long:)",
+    FailsLater: CHECK[:-2] + " (ValueError: too long: more than 7)",
     SharesAlone: CHECK[:-2] + " (ValueError: ",
     SharesOnce: "layer 0 does not attend to the keys it keeps",
     SharesMasked: "it multiplies queries and keys in a way that is not known (layer 0)",
