@@ -96,7 +96,7 @@ def _run(work: Path, kills: int, megabytes: int) -> int:
 
 
 def _inside(place: Path) -> list[Path]:
-    """Return what a folder holds, but for the lock: what a killed run leaves of it locks nothing."""
+    """Return what a folder holds, but for a lock: one that a killed run leaves locks nothing."""
     return [path for path in place.iterdir() if path.suffix != ".lock"]
 
 
