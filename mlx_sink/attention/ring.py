@@ -74,7 +74,7 @@ class Ring:
         num_sinks: S.
         window: W, own token included.
         epoch: E, tokens after which positions restart; at least S + W + b - 1 + R, so that the
-            sinks lie in the first epoch and a window never spans more than two, nor does a window that
+            sinks lie in the first epoch and a window never spans more than two, nor does one that
             stands up to R tokens before the newest: two beginnings are all there is to remember.
         tokens: t, tokens seen so far, which is also the index of the next one.
         start: A, the token at which the current epoch began.

@@ -183,9 +183,9 @@ class Archive:
         return sum(array.nbytes for array in self._arrays)
 
     @property
-    def state(self) -> list[mx.array]:
-        """The arrays of keys, then those of values; slots in order."""
-        return self._arrays
+    def state(self) -> list[mx.array] | None:
+        """The arrays of keys, then those of values, slots in order; ``None`` before the first."""
+        return self._arrays or None
 
     def restored(self, state: Any, ring: Ring) -> Archive:
         """Return an archive that goes on from a state; this one stays as it is.
@@ -199,13 +199,14 @@ class Archive:
         """
         new = Archive(self._config, self._rotation, self.limit)
         new.bytes_per_block = self.bytes_per_block
-        arrays = cast("list[mx.array]", list(state))
+        arrays = cast("list[mx.array]", [] if state is None else list(state))
         needed = min(ring.evicted(ring.tokens), new.size) * self._block
         if len(arrays) not in (0, 2 if self._bits is None else 6) or (needed and not arrays):
             raise CacheError("an archive has other arrays than its settings say")
         for array in arrays:
             rows = array.shape[2] if array.ndim == 4 else -1
-            if rows != arrays[0].shape[2] or rows % self._block or rows < needed:
+            alike = array.shape[:3] == arrays[0].shape[:3]
+            if not alike or rows % self._block or not needed <= rows <= new.size * self._block:
                 raise CacheError(f"the arrays of an archive have {rows} rows, {needed} are in use")
         new._arrays = arrays
         return new

@@ -107,6 +107,12 @@ def detach(model: nn.Module) -> None:
     restore_ropes(model)
 
 
+def config_of(model: nn.Module) -> SinkConfig | None:
+    """Return what a model is attached with; ``None`` if it is not."""
+    make = model.__dict__.get("make_cache")
+    return make.config if isinstance(make, _MakeCache) else None
+
+
 def make_cache(model: nn.Module) -> list[Any]:
     """Return empty caches for a new stream, one for each layer of an attached model.
 
