@@ -136,11 +136,7 @@ class SinkConfig:
                 f"recall_mode must be {' or '.join(RECALL_MODES)}, got {self.recall_mode!r}"
             )
         if self.recall_layers is not None:
-            layers: object = self.recall_layers
-            if not isinstance(layers, tuple) or not layers:
-                raise ConfigError(f"recall_layers must be a tuple of layers, got {layers!r}")
-            for layer in self.recall_layers:
-                _check_integer("a layer of recall_layers", layer, at_least=0)
+            _check_layers(self.recall_layers)
 
     @property
     def _own_bits(self) -> tuple[tuple[str, int | None], ...]:
@@ -255,3 +251,10 @@ def _check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
     if value not in choices or isinstance(value, bool):
         words = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
         raise ConfigError(f"{name} must be {words}, got {value!r}")
+
+
+def _check_layers(value: object) -> None:
+    if not isinstance(value, tuple) or not value:
+        raise ConfigError(f"recall_layers must be a tuple of layers, got {value!r}")
+    for layer in cast("tuple[object, ...]", value):
+        _check_integer("a layer of recall_layers", layer, at_least=0)

@@ -204,8 +204,10 @@ def _rows(x: Rows, rows: mx.array) -> mx.array:
     """
     if isinstance(x, mx.array):
         return _taken(x, rows)
-    parts = (_taken(cast("mx.array", part), rows) for part in (x.words, x.scales, x.biases))
-    return Packed(None, *parts, x.bits, x.group_size).expanded()
+    words, scales, biases = (
+        _taken(cast("mx.array", part), rows) for part in (x.words, x.scales, x.biases)
+    )
+    return Packed(None, words, scales, biases, x.bits, x.group_size).expanded()
 
 
 def _taken(x: mx.array, rows: mx.array) -> mx.array:

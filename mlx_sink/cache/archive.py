@@ -175,7 +175,8 @@ class Archive:
     def _rows(self, arrays: Sequence[mx.array]) -> Rows:
         if self._bits is None:
             return arrays[0]
-        return Packed(None, *arrays, self._bits, self._group_size)
+        words, scales, biases = arrays
+        return Packed(None, words, scales, biases, self._bits, self._group_size)
 
     @property
     def nbytes(self) -> int:
