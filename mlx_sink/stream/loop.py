@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from itertools import count
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -113,7 +114,7 @@ class Loop:
         cancelled: Callable[[], bool] = lambda: False,
         recall: bool = True,
     ) -> int:
-        """Take in tokens, ``step`` at a time and the last one alone, as mlx-lm does.
+        """Take in tokens, ``step`` at a time and the last alone, as mlx-lm does; return how many.
 
         Args:
             tokens: At least one; all of them below ``vocabulary``.
@@ -122,9 +123,6 @@ class Loop:
             cancelled: Asked between the chunks. If so, one more token is read, so that there is
                 something to go on from.
             recall: These tokens look up evicted ones, where the caches keep those.
-
-        Returns:
-            The tokens read.
         """
         total, done = len(tokens), 0
         progress(done, total)
@@ -171,7 +169,7 @@ class Loop:
         with self.stepping():
             history = self._history(sampling)
             chosen = self._started(self._expected(), history, self.key, sampling)
-        for n in _count():
+        for n in count():
             with self.stepping():
                 history = history.then(chosen.token)
                 self._whole = False
@@ -188,7 +186,7 @@ class Loop:
     def _drafted(self, sampling: Sampling, draft: Draft) -> Iterator[Made]:
         with self.stepping():
             self._expected()
-        for n in _count():
+        for n in count():
             with self.stepping(rewind=False):
                 if not self._ahead:
                     self._round(sampling, draft)
@@ -349,10 +347,3 @@ class Loop:
                 yield
         finally:
             self._lock.release()
-
-
-def _count() -> Iterator[int]:
-    n = 0
-    while True:
-        yield n
-        n += 1
