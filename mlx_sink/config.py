@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 from mlx_sink.errors import ConfigError
@@ -32,6 +32,8 @@ RECALL_BLOCKS = (16, 32, 64)
 DEFAULT_RECALL_BLOCK = 32
 DEFAULT_RECALL_MEMORY = 2_000_000_000
 """Bytes of an archive unless stated."""
+RECALL_BITS = 8
+"""Bits of what is archived unless stated: nothing measured tells them from the model's dtype."""
 
 ASKED, ALWAYS = "asked", "always"
 RECALL_MODES = (ASKED, ALWAYS)
@@ -91,7 +93,7 @@ class SinkConfig:
     recall_block: int = DEFAULT_RECALL_BLOCK
     recall_memory: int = DEFAULT_RECALL_MEMORY
     recall_layers: tuple[int, ...] | None = None
-    recall_bits: int | None = 8
+    recall_bits: int | None = RECALL_BITS
     recall_mode: str = ASKED
 
     def __post_init__(self) -> None:
@@ -169,6 +171,11 @@ class SinkConfig:
         return self.capacity + self.block - 1 + self.rollback
 
     @property
+    def spare_blocks(self) -> int:
+        """Blocks that an archive holds beyond those looked up: a call's own, and `rollback`'s."""
+        return 1 + -(-self.rollback // self.recall_block)
+
+    @property
     def epoch_length(self) -> int:
         """Tokens in an epoch, the default resolved."""
         return max(self.slots, DEFAULT_EPOCH) if self.epoch is None else self.epoch
@@ -185,10 +192,12 @@ class SinkConfig:
         """
         if context is not None and self.seen > context:
             if self.recall:
+                most = context - self.seen + self.window
+                fits = most >= self.block
                 raise ConfigError(
                     f"num_sinks + window + recall + recall_block - 1 is {self.seen}, more than "
-                    f"the {context} tokens the model was trained on: use a window of at most "
-                    f"{context - self.seen + self.window}, or less recall"
+                    f"the {context} tokens the model was trained on: use "
+                    + (f"a window of at most {most}, or less recall" if fits else "less recall")
                 )
             most = context - self.num_sinks
             remedy = (
@@ -224,7 +233,11 @@ class SinkConfig:
 
     @classmethod
     def for_context(
-        cls, context: int | None, num_sinks: int | None = None, window: int | None = None
+        cls,
+        context: int | None,
+        num_sinks: int | None = None,
+        window: int | None = None,
+        **others: Any,
     ) -> SinkConfig:
         """Fill in what is left open with the defaults, cut to the model's trained context.
 
@@ -232,12 +245,13 @@ class SinkConfig:
             context: Positions the model was trained on, in tokens, or ``None`` if unknown.
             num_sinks: As in the class; ``None`` for 4.
             window: As in the class; ``None`` for 1024, or less where the context is shorter.
+            others: Other fields of the class.
         """
         sinks = DEFAULT_NUM_SINKS if num_sinks is None else num_sinks
-        if window is not None:
-            return cls(sinks, window)
-        room = DEFAULT_WINDOW if context is None else context - sinks
-        return cls(sinks, max(1, min(DEFAULT_WINDOW, room)))
+        config = cls(sinks, DEFAULT_WINDOW if window is None else window, **others)
+        if window is not None or context is None or config.seen <= context:
+            return config
+        return replace(config, window=max(config.block, context - config.seen + config.window))
 
 
 def _check_integer(name: str, value: object, at_least: int) -> None:

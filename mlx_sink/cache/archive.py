@@ -35,7 +35,7 @@ class Archive:
     Args:
         config: What to keep.
         rotation: The layer's rotary embedding.
-        limit: Blocks that may be held, those of all sequences of a batch together.
+        limit: Blocks that a query may choose among, those of all sequences of a batch together.
     """
 
     def __init__(self, config: SinkConfig, rotation: Rotation, limit: int):
@@ -45,7 +45,7 @@ class Archive:
         self._config, self._rotation = config, rotation
         self._block, self._bits = config.recall_block, config.recall_bits
         self._group_size = config.kv_group_size
-        self._spare = 1 + -(-config.rollback // self._block)
+        self._spare = config.spare_blocks
         self._arrays: list[mx.array] = []
         """Of keys, then of values, ``[B, n_kv_heads, slots * b, *]``: one each, or three."""
 

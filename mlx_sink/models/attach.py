@@ -168,7 +168,7 @@ def _reports(caches: Sequence[Any], blocks: int) -> tuple[LayerReport, ...]:
 
 
 def archive_blocks(caches: Sequence[Any], config: SinkConfig) -> int:
-    """Return how many evicted blocks each layer that recalls may hold; 0 without recall.
+    """Return among how many evicted blocks each layer that recalls chooses; 0 without recall.
 
     Args:
         caches: The model's, after tokens went through them.
@@ -198,11 +198,13 @@ def archive_blocks(caches: Sequence[Any], config: SinkConfig) -> int:
             "no layer of it can recall: recall needs full attention that is left to mlx_sink"
         )
     one = sum(archive.bytes_per_block for archive in archives.values())
-    most, blocks = config.recall // config.recall_block, config.recall_memory // one
+    most, spare = config.recall // config.recall_block, config.spare_blocks
+    blocks = config.recall_memory // one - spare
     if blocks < most:
         raise ConfigError(
             f"recall_memory must hold the {config.recall} tokens that are looked up at once: "
-            f"at least {format_bytes(one * most)}, got {format_bytes(config.recall_memory)}"
+            f"at least {format_bytes(one * (most + spare))}, "
+            f"got {format_bytes(config.recall_memory)}"
         )
     return blocks
 

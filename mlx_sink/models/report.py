@@ -30,7 +30,8 @@ class LayerReport:
         sinks: Slots that are the sinks'.
         bytes_per_sink: Keys and values of a sink.
         state_bytes: Bytes that do not depend on the tokens, of one sequence.
-        archive_blocks: Evicted blocks that it holds when its archive is full; 0 without recall.
+        archive_blocks: Evicted blocks that it looks up when its archive is full; 0 without recall.
+        spare_blocks: Those that the archive holds besides.
         bytes_per_block: Keys and values of one of them.
     """
 
@@ -44,6 +45,7 @@ class LayerReport:
     bytes_per_sink: int = 0
     state_bytes: int = 0
     archive_blocks: int = 0
+    spare_blocks: int = 0
     bytes_per_block: int = 0
 
     @property
@@ -55,7 +57,7 @@ class LayerReport:
     @property
     def archive_bytes(self) -> int:
         """Bytes of a full archive for one sequence."""
-        return self.archive_blocks * self.bytes_per_block
+        return (self.archive_blocks + self.spare_blocks) * self.bytes_per_block
 
 
 def report_of(index: int, cache: Any, blocks: int = 0) -> LayerReport:
@@ -78,6 +80,7 @@ def report_of(index: int, cache: Any, blocks: int = 0) -> LayerReport:
         cache.ring.num_sinks,
         cache.bytes_per_sink,
         archive_blocks=blocks if cache.archive else 0,
+        spare_blocks=cache.archive.size - cache.archive.limit if cache.archive else 0,
         bytes_per_block=cache.archive.bytes_per_block if cache.archive else 0,
     )
 

@@ -325,6 +325,9 @@ def _step(model: nn.Module, caches: list[Any], n: int) -> mx.array:
 
 def _fits(value: Any, like: Any) -> bool:
     """Tell whether a state is like another but for the values, and one length of each array."""
+    if value is None or like is None:
+        # Nothing was read yet, or the cache keeps something only later.
+        return True
     if isinstance(value, mx.array) and isinstance(like, mx.array):
         if value.dtype != like.dtype or value.ndim != like.ndim:
             return False
@@ -343,7 +346,4 @@ def _fits(value: Any, like: Any) -> bool:
             and named.keys() == like.keys()
             and all(_fits(item, like[name]) for name, item in named.items())
         )
-    if value is None or like is None:
-        # Nothing was read yet, or the cache keeps something only later.
-        return True
     return type(value) is type(like) and (type(value) is not int or value >= 0)

@@ -166,7 +166,7 @@ def test_cuts_change_nothing(family: str, limit: int, cuts: list[int]):
     model = build(family, layers=3, seed=6)
     config = replace(CONFIG, epoch=70)
     attach(model, config)
-    config = replace(config, recall_memory=limit * bytes_per_block(model))
+    config = replace(config, recall_memory=(limit + 1) * bytes_per_block(model))
     tokens = random_tokens(400, seed=7)
     whole = stream(model, config, tokens)
     pieces = stream(model, config, tokens, [c for _ in range(400) for c in cuts])
@@ -183,7 +183,7 @@ def test_dropped_blocks_are_not_chosen(monkeypatch: pytest.MonkeyPatch):
     """With room for three blocks a token chooses among the newest three that it does not see."""
     model = build("llama", seed=8)
     attach(model, CONFIG)
-    config = replace(CONFIG, recall_memory=3 * bytes_per_block(model))
+    config = replace(CONFIG, recall_memory=4 * bytes_per_block(model))
     with choices(monkeypatch) as chosen:
         attach(model, config)
         caches = model.make_cache()
@@ -193,7 +193,7 @@ def test_dropped_blocks_are_not_chosen(monkeypatch: pytest.MonkeyPatch):
         assert set(blocks) <= set(range(max(0, evicted - 3), evicted))
     archive = caches[0].archive
     assert archive.held(caches[0].ring) == range(8, 11)
-    assert archive.nbytes == archive.bytes_per_block * 4, "one more, for the block of the call"
+    assert archive.nbytes == archive.bytes_per_block * 4 == config.recall_memory
 
 
 def test_far_positions():
@@ -202,7 +202,7 @@ def test_far_positions():
     tokens = random_tokens(N, seed=11)
     config = replace(CONFIG, epoch=70)
     attach(model, config)
-    config = replace(config, recall_memory=3 * bytes_per_block(model))
+    config = replace(config, recall_memory=4 * bytes_per_block(model))
     expected = stream(model, config, tokens, mixed(60))
     caches = model.make_cache()
     run(model, tokens[:, :150], caches, [60, 50])
@@ -241,7 +241,7 @@ def test_what_was_taken_back_had_never_come(n: int):
     model = build("llama", layers=2, seed=14)
     config = replace(CONFIG, rollback=20, epoch=90)
     attach(model, config)
-    config = replace(config, recall_memory=3 * bytes_per_block(model))
+    config = replace(config, recall_memory=6 * bytes_per_block(model))
     tokens, others = random_tokens(N, seed=15), random_tokens(60, seed=16)
     expected = stream(model, config, tokens, every(9))
     for at in range(60, 130, 11):
@@ -266,7 +266,7 @@ def test_sequences_of_a_batch_choose_for_themselves():
 def test_a_batch_shares_the_memory():
     model = build("llama", seed=19)
     attach(model, CONFIG)
-    attach(model, replace(CONFIG, recall_memory=5 * bytes_per_block(model)))
+    attach(model, replace(CONFIG, recall_memory=6 * bytes_per_block(model)))
     with pytest.raises(CacheError, match="holds 1 blocks of each of 3 sequences, and 2 are"):
         run(model, random_tokens(5, batch=3), model.make_cache())
 
