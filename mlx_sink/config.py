@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, cast
 
 from mlx_sink.errors import ConfigError
 
@@ -28,6 +28,16 @@ GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
 """As in mlx-lm and MLX."""
 
+RECALL_BLOCKS = (16, 32, 64)
+DEFAULT_RECALL_BLOCK = 32
+DEFAULT_RECALL_MEMORY = 2_000_000_000
+"""Bytes of an archive unless stated."""
+RECALL_BITS = 8
+"""Bits of what is archived unless stated: nothing measured tells them from the model's dtype."""
+
+ASKED, ALWAYS = "asked", "always"
+RECALL_MODES = (ASKED, ALWAYS)
+
 
 @dataclass(frozen=True, slots=True)
 class SinkConfig:
@@ -49,6 +59,20 @@ class SinkConfig:
         kv_group_size: Elements of a key or value that share a scale and a bias: 32, 64 or 128.
         k_bits: As ``kv_bits``, for keys alone.
         v_bits: As ``kv_bits``, for values alone.
+        recall: Evicted tokens that a token may look up beside what it sees, a multiple of
+            ``recall_block``; 0 for none. What is evicted goes to an archive, and every token
+            that recalls picks ``recall / recall_block`` blocks of it by its own query. The
+            window then begins at the edge of a block, and is up to ``recall_block - 1`` tokens
+            longer.
+        recall_block: Tokens of a block of the archive: 16, 32 or 64.
+        recall_memory: Bytes that the archives of all layers may hold together. The oldest blocks
+            are dropped when they are full.
+        recall_layers: Layers that recall, by their place in the model; ``None`` for all with
+            full attention.
+        recall_bits: 8 or 4 to quantise archived keys and values to so many bits; ``None`` for the
+            dtype of the model.
+        recall_mode: ``"asked"`` if only what is generated recalls, and what is fed as a
+            question; ``"always"`` if every token does.
 
     Raises:
         ConfigError: A value is not an integer or out of range.
@@ -65,6 +89,12 @@ class SinkConfig:
     kv_group_size: int = DEFAULT_GROUP_SIZE
     k_bits: int | None = None
     v_bits: int | None = None
+    recall: int = 0
+    recall_block: int = DEFAULT_RECALL_BLOCK
+    recall_memory: int = DEFAULT_RECALL_MEMORY
+    recall_layers: tuple[int, ...] | None = None
+    recall_bits: int | None = RECALL_BITS
+    recall_mode: str = ASKED
 
     def __post_init__(self) -> None:
         _check_integer("num_sinks", self.num_sinks, at_least=0)
@@ -73,7 +103,8 @@ class SinkConfig:
         if self.epoch is not None:
             _check_integer("epoch", self.epoch, at_least=1)
             if self.epoch < self.slots:
-                parts = "num_sinks + window" + " + rollback" * (self.rollback > 0)
+                parts = "num_sinks + window" + " + recall_block - 1" * (self.recall > 0)
+                parts += " + rollback" * (self.rollback > 0)
                 raise ConfigError(
                     f"epoch must be at least {parts} ({self.slots}), got {self.epoch}"
                 )
@@ -84,6 +115,30 @@ class SinkConfig:
         given = [name for name, bits in self._own_bits if bits is not None]
         if self.kv_bits is None and len(given) == 1:
             raise ConfigError(f"{given[0]} alone is not supported: give kv_bits for the others")
+        self._check_recall()
+
+    def _check_recall(self) -> None:
+        _check_integer("recall", self.recall, at_least=0)
+        _check_choice("recall_block", self.recall_block, RECALL_BLOCKS)
+        _check_integer("recall_memory", self.recall_memory, at_least=1)
+        if self.recall % self.recall_block:
+            raise ConfigError(
+                f"recall must be a multiple of recall_block ({self.recall_block}), "
+                f"got {self.recall}"
+            )
+        if self.recall and self.window < self.recall_block:
+            raise ConfigError(
+                f"with recall the window must hold a block of {self.recall_block} tokens, "
+                f"got {self.window}"
+            )
+        if self.recall_bits is not None:
+            _check_choice("recall_bits", self.recall_bits, BITS)
+        if self.recall_mode not in RECALL_MODES:
+            raise ConfigError(
+                f"recall_mode must be {' or '.join(RECALL_MODES)}, got {self.recall_mode!r}"
+            )
+        if self.recall_layers is not None:
+            _check_layers(self.recall_layers)
 
     @property
     def _own_bits(self) -> tuple[tuple[str, int | None], ...]:
@@ -101,9 +156,24 @@ class SinkConfig:
         return self.num_sinks + self.window
 
     @property
+    def block(self) -> int:
+        """Tokens by which the beginning of the window moves: 1 without recall."""
+        return self.recall_block if self.recall else 1
+
+    @property
+    def seen(self) -> int:
+        """Tokens that a token sees at the most, looked up ones included."""
+        return self.capacity + self.block - 1 + self.recall
+
+    @property
     def slots(self) -> int:
-        """Slots of a full cache: the capacity, and one for each token of `rollback`."""
-        return self.capacity + self.rollback
+        """Slots of a full cache: the longest window, and one for each token of `rollback`."""
+        return self.capacity + self.block - 1 + self.rollback
+
+    @property
+    def spare_blocks(self) -> int:
+        """Blocks that an archive holds beyond those looked up: a call's own, and `rollback`'s."""
+        return 1 + -(-self.rollback // self.recall_block)
 
     @property
     def epoch_length(self) -> int:
@@ -120,7 +190,15 @@ class SinkConfig:
         Raises:
             ConfigError: ``num_sinks + window`` exceeds ``context``.
         """
-        if context is not None and self.capacity > context:
+        if context is not None and self.seen > context:
+            if self.recall:
+                most = context - self.seen + self.window
+                fits = most >= self.block
+                raise ConfigError(
+                    f"num_sinks + window + recall + recall_block - 1 is {self.seen}, more than "
+                    f"the {context} tokens the model was trained on: use "
+                    + (f"a window of at most {most}, or less recall" if fits else "less recall")
+                )
             most = context - self.num_sinks
             remedy = (
                 f"use a window of at most {most}"
@@ -132,9 +210,10 @@ class SinkConfig:
                 f"the model was trained on: {remedy}"
             )
 
-    def to_dict(self) -> dict[str, int | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON-ready dictionary."""
-        return asdict(self)
+        layers = None if self.recall_layers is None else list(self.recall_layers)
+        return asdict(self) | {"recall_layers": layers}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SinkConfig:
@@ -147,11 +226,18 @@ class SinkConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}: expected {sorted(known)}")
-        return cls(**values)
+        given = dict(values)
+        if isinstance(layers := given.get("recall_layers"), list):
+            given["recall_layers"] = tuple(cast("list[int]", layers))
+        return cls(**given)
 
     @classmethod
     def for_context(
-        cls, context: int | None, num_sinks: int | None = None, window: int | None = None
+        cls,
+        context: int | None,
+        num_sinks: int | None = None,
+        window: int | None = None,
+        **others: Any,
     ) -> SinkConfig:
         """Fill in what is left open with the defaults, cut to the model's trained context.
 
@@ -159,12 +245,13 @@ class SinkConfig:
             context: Positions the model was trained on, in tokens, or ``None`` if unknown.
             num_sinks: As in the class; ``None`` for 4.
             window: As in the class; ``None`` for 1024, or less where the context is shorter.
+            others: Other fields of the class.
         """
         sinks = DEFAULT_NUM_SINKS if num_sinks is None else num_sinks
-        if window is not None:
-            return cls(sinks, window)
-        room = DEFAULT_WINDOW if context is None else context - sinks
-        return cls(sinks, max(1, min(DEFAULT_WINDOW, room)))
+        config = cls(sinks, DEFAULT_WINDOW if window is None else window, **others)
+        if window is not None or context is None or config.seen <= context:
+            return config
+        return replace(config, window=max(config.block, context - config.seen + config.window))
 
 
 def _check_integer(name: str, value: object, at_least: int) -> None:
@@ -178,3 +265,10 @@ def _check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
     if value not in choices or isinstance(value, bool):
         words = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
         raise ConfigError(f"{name} must be {words}, got {value!r}")
+
+
+def _check_layers(value: object) -> None:
+    if not isinstance(value, tuple) or not value:
+        raise ConfigError(f"recall_layers must be a tuple of layers, got {value!r}")
+    for layer in cast("tuple[object, ...]", value):
+        _check_integer("a layer of recall_layers", layer, at_least=0)

@@ -10,7 +10,7 @@ from itertools import groupby
 
 import mlx.core as mx
 
-from mlx_sink.attention import reference
+from mlx_sink.attention import recall, reference
 from mlx_sink.attention.kernels import check_decode, check_prefill
 from mlx_sink.attention.kernels.decode import decode, fits
 from mlx_sink.attention.kernels.decode_packed import decode_packed
@@ -18,6 +18,7 @@ from mlx_sink.attention.kernels.prefill import prefill
 from mlx_sink.attention.kernels.tables import MAX_QUERIES, decode_tables, prefill_tables
 from mlx_sink.attention.layout import Block, Layout, blocks_of
 from mlx_sink.attention.packed import Packed
+from mlx_sink.attention.recall import Archived, retrieve
 from mlx_sink.attention.reference import BLOCK
 from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
@@ -61,6 +62,7 @@ def sink_attention(
     softcap: float | None = None,
     learned_sinks: mx.array | None = None,
     packed: tuple[Packed, Packed] | None = None,
+    archived: Archived | None = None,
 ) -> mx.array:
     """Attend from new tokens to the sinks and the window, at StreamingLLM's distances.
 
@@ -79,6 +81,7 @@ def sink_attention(
         learned_sinks: A logit a head, ``[n_heads]``, that takes its share of the softmax and has
             no value (gpt-oss).
         packed: The same keys and values as they are held, if quantised.
+        archived: The evicted blocks, where the layout says that the call recalls.
 
     Returns:
         ``[B, n_heads, L, v_head_dim]``.
@@ -98,11 +101,12 @@ def sink_attention(
        (`kernels.check_prefill.serves`). It knows no chunked attention (Llama 4).
     5. Everything else: the plain operations, `reference.attend`.
 
-    The kernels serve heads that begin with the rotated dimensions.
+    The kernels serve heads that begin with the rotated dimensions. What looks up evicted blocks,
+    and longer calls whose window begins at the edge of a block, the plain operations serve.
     """
     if (observer := _observer.get()) is not None:
         observer(Attended(queries, keys, layout, scale, softcap, learned_sinks))
-    start, window = layout.ring.tokens, layout.ring.window
+    start = layout.ring.tokens
     options: reference.Extras = {"softcap": softcap, "learned_sinks": learned_sinks}
     turned = reference.Turned(queries, layout, rotation, scale)
 
@@ -111,7 +115,9 @@ def sink_attention(
         return queries if whole else queries[:, :, first - start : last - start]
 
     def is_still(block: Block) -> bool:
-        return softcap is None and (rotation.is_identity or block.turns == STILL)
+        if softcap is not None or block.evicted:
+            return False
+        return rotation.is_identity or block.turns == STILL
 
     def attend(block: Block) -> mx.array:
         q = rows(block.first, block.last)
@@ -124,7 +130,7 @@ def sink_attention(
             tables = decode_tables(layout, block, rotation, packed=True)
             return decode_packed(q, *packed, tables, scale=scale, **options)
         if is_still(block):
-            return reference.attend_fused(q, keys, values, block, window, scale, learned_sinks)
+            return reference.attend_fused(q, keys, values, block, scale, learned_sinks)
         if (
             rotation.start == 0
             and fits(layout, block)
@@ -132,11 +138,19 @@ def sink_attention(
         ):
             tables = decode_tables(layout, block, rotation)
             return decode(q, keys, values, tables, scale=scale, **options)
-        return reference.attend(turned.of(block), keys, values, block, window, **options)
+        retrieved = None
+        if block.evicted and archived is not None:
+            far = turned.rows(block, Turn.FAR)
+            retrieved = retrieve(far, archived, block, layout.recalls, rotation)
+        return reference.attend(
+            turned.of(block), keys, values, block, retrieved=retrieved, **options
+        )
 
-    is_chunk = layout.n > MAX_QUERIES and rotation.start == 0 and not layout.ring.chunked
+    is_band = layout.ring.block == 1 and not layout.ring.chunked
+    is_chunk = layout.n > MAX_QUERIES and rotation.start == 0 and is_band
     outputs: list[mx.array] = []
-    for still, group in groupby(blocks_of(layout, BLOCK), is_still):
+    size = recall.BLOCK if layout.recalls else BLOCK
+    for still, group in groupby(blocks_of(layout, size), is_still):
         blocks = list(group)
         tile = None
         if is_chunk and not still:

@@ -39,7 +39,10 @@ class Block:
         n: Queries in the block.
         ranges: The keys, in row order.
         spans: The same rows, as few pieces as their turns allow.
-        turns: The turns that the keys ask for.
+        turns: The turns that the keys ask for, and what is retrieved.
+        edges: The oldest window token that each query sees, counted from ``first``.
+        evicted: Blocks that have left the window of each query, of which it retrieves some; empty
+            if none does.
         everything: Every query sees all of these keys up to its own token: a causal mask,
             or none for a single query, says it all.
     """
@@ -50,6 +53,8 @@ class Block:
     ranges: tuple[KeyRange, ...]
     spans: tuple[Span, ...]
     turns: frozenset[Turn]
+    edges: tuple[int, ...]
+    evicted: tuple[int, ...]
     everything: bool
 
 
@@ -67,6 +72,7 @@ class Layout:
         held: Those that come out of the slots, in the same order; the others are the call's.
         writes: Which of the call's rows go to which slots.
         after: The state at the end of the call.
+        recalls: Blocks that each query retrieves at the most; 0 if the call does not recall.
     """
 
     ring: Ring
@@ -75,6 +81,7 @@ class Layout:
     held: tuple[Run, ...]
     writes: tuple[Copy, ...]
     after: Ring
+    recalls: int = 0
 
     @property
     def end(self) -> int:
@@ -84,19 +91,37 @@ class Layout:
     def turns(self, turn: Turn) -> range | list[int]:
         """Return how far each query is turned towards keys of a kind, in positions.
 
-        Sinks: from P = t - A to ``min(t, S + W - 1)``, which is the distance to token 0.
+        Sinks: from P = t - A to ``min(t, S + r + t - o(t))``, which is the distance to token 0 if
+        r evicted tokens are retrieved. Without recall that is ``min(t, S + W - 1)``.
+
+        Far: to W, the distance at which the keys of an archived block are scored.
         """
         ring, queries = self.ring, range(self.ring.tokens, self.end)
         if turn is Turn.SINK:
-            return [min(t, ring.capacity - 1) - (t - ring.start) for t in queries]
+            return [min(t, self._farthest(t)) - (t - ring.start) for t in queries]
+        if turn is Turn.FAR:
+            return [ring.window - (t - ring.start) for t in queries]
         return [ring.start - ring.previous if turn is Turn.PREVIOUS else 0] * self.n
+
+    def retrieved(self, token: int) -> int:
+        """Return how many evicted tokens the query of ``token`` retrieves."""
+        return min(self.recalls, self.ring.evicted(token)) * self.ring.block
+
+    def _farthest(self, token: int) -> int:
+        ring = self.ring
+        return ring.num_sinks + self.retrieved(token) + token - ring.edge(token)
 
     def block(self, first: int, last: int) -> Block:
         """Return the keys that queries ``first .. last-1`` see, split by turn."""
         ring, S, W = self.ring, self.ring.num_sinks, self.ring.window
-        oldest = max(S, first - first % W if ring.chunked else first - W + 1)
-        # In the first epoch and with nothing evicted, positions are already right.
-        sink = Turn.NONE if ring.start == 0 and last <= ring.capacity else Turn.SINK
+        edges = [first - first % W if ring.chunked else ring.edge(t) for t in range(first, last)]
+        oldest = max(S, edges[0])
+        evicted = tuple(map(ring.evicted, range(first, last))) if self.recalls else ()
+        if not any(evicted):
+            evicted = ()
+        # In the first epoch and with everything in sight, positions are already right.
+        is_right = ring.start == 0 and self._farthest(last - 1) >= last - 1
+        sink = Turn.NONE if is_right and not evicted else Turn.SINK
         spans = (
             (0, min(S, last), sink, True),
             (oldest, min(last, ring.start), Turn.PREVIOUS, False),
@@ -116,14 +141,16 @@ class Layout:
             last - first,
             tuple(ranges),
             _merged(ranges),
-            frozenset(r.turn for r in ranges),
-            everything=oldest >= last - W,
+            frozenset([*(r.turn for r in ranges), *([Turn.SINK] if evicted else [])]),
+            tuple(edge - first for edge in edges),
+            evicted,
+            everything=edges[-1] <= oldest,
         )
 
 
 @lru_cache(maxsize=16)
-def layout_of(ring: Ring, n: int) -> Layout:
-    """Lay out a call of ``n`` tokens on a ring.
+def layout_of(ring: Ring, n: int, recalls: int = 0) -> Layout:
+    """Lay out a call of ``n`` tokens on a ring, each of which retrieves some evicted blocks.
 
     A decode step (n = 1) attends to the ring itself in slot order, the new token already in
     its slot. A chunk attends to the ring's rows in token order and then to its own: the ring
@@ -132,7 +159,7 @@ def layout_of(ring: Ring, n: int) -> Layout:
     writes, after = ring.writes(n), ring.advanced(n)
     if n == 1:
         held = after.live_runs()
-        return Layout(ring, n, held, held, writes, after)
+        return Layout(ring, n, held, held, writes, after, recalls)
     held = ring.in_token_order()
     runs: list[Run] = []
     for run in (*held, Run(0, ring.tokens, n)):
@@ -141,7 +168,7 @@ def layout_of(ring: Ring, n: int) -> Layout:
             runs[-1] = replace(last, length=last.length + run.length)
         else:
             runs.append(replace(run, row=last.row + last.length))
-    return Layout(ring, n, tuple(runs), held, writes, after)
+    return Layout(ring, n, tuple(runs), held, writes, after, recalls)
 
 
 @lru_cache(maxsize=64)

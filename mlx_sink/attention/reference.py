@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sink.attention.layout import Block, Layout, Span, layout_of
+from mlx_sink.attention.recall import Retrieved
 from mlx_sink.attention.ring import Ring, Turn
 from mlx_sink.attention.rope import Rotation
 
@@ -62,12 +63,14 @@ class Turned:
 
     def of(self, block: Block) -> dict[Turn, mx.array]:
         """Return a block's queries under each turn that its keys ask for."""
-        start = self._layout.ring.tokens
-        rows = slice(block.first - start, block.last - start)
-        whole = {turn: self.under(turn) for turn in block.turns}
+        return {turn: self.rows(block, turn) for turn in block.turns}
+
+    def rows(self, block: Block, turn: Turn) -> mx.array:
+        """Return a block's queries under one turn."""
+        whole, start = self.under(turn), self._layout.ring.tokens
         if block.n == self._layout.n:
             return whole
-        return {turn: q[:, :, rows] for turn, q in whole.items()}
+        return whole[:, :, block.first - start : block.last - start]
 
 
 def attend(
@@ -75,10 +78,10 @@ def attend(
     keys: mx.array,
     values: mx.array,
     block: Block,
-    window: int,
     *,
     softcap: float | None = None,
     learned_sinks: mx.array | None = None,
+    retrieved: Retrieved | None = None,
 ) -> mx.array:
     """Attend from a block of queries to the key ranges it sees, each under its turn.
 
@@ -88,9 +91,9 @@ def attend(
         keys: ``[B, n_kv_heads, rows, head_dim]``, rows as `block.ranges` says.
         values: ``[B, n_kv_heads, rows, v_head_dim]``.
         block: The queries and the rows they see.
-        window: W, own token included.
         softcap: Scores become ``softcap * tanh(score / softcap)``, before any is masked.
         learned_sinks: A logit a head that takes part in the softmax, ``[n_heads]``.
+        retrieved: Rows that each query has looked up; they follow on the sinks, under their turn.
 
     Returns:
         ``[B, n_heads, L, v_head_dim]``; one softmax over all ranges.
@@ -104,12 +107,14 @@ def attend(
     }
     across = keys.swapaxes(-1, -2)
     parts = [grouped[s.turn] @ across[..., s.start : s.stop] for s in block.spans]
+    if retrieved is not None:
+        parts.append(_by_query(grouped[Turn.SINK], retrieved.keys.swapaxes(-1, -2)))
     scores = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     if softcap is not None:
         scores = softcap * mx.tanh(scores / softcap)
     if block.n > 1:
         by_query = mx.reshape(scores, (B, H, L, -1))
-        by_query = mx.where(visible(block, window), by_query, -mx.inf)
+        by_query = mx.where(_seen(block, retrieved), by_query, -mx.inf)
         scores = mx.reshape(by_query, scores.shape)
     if learned_sinks is not None:
         logits = _by_row(learned_sinks.astype(scores.dtype), scores.shape, L)
@@ -117,7 +122,37 @@ def attend(
     weights = mx.softmax(scores, axis=-1, precise=True)
     if learned_sinks is not None:
         weights = weights[..., :-1]  # a sink has no value
-    return mx.reshape(weights @ rows_of(values, block.spans), (B, H, L, -1))
+    if retrieved is None:
+        return mx.reshape(weights @ rows_of(values, block.spans), (B, H, L, -1))
+    n = weights.shape[-1] - retrieved.keys.shape[3]
+    out = weights[..., :n] @ rows_of(values, block.spans)
+    return mx.reshape(out + _by_query(weights[..., n:], retrieved.values), (B, H, L, -1))
+
+
+def _by_query(x: mx.array, rows: mx.array) -> mx.array:
+    """Multiply every query's own rows.
+
+    Args:
+        x: ``[B, n_kv_heads, heads of one * L, m]``.
+        rows: ``[B, n_kv_heads, L, m, n]``.
+
+    Returns:
+        ``[B, n_kv_heads, heads of one * L, n]``.
+    """
+    B, n_kv_heads, L = rows.shape[:3]
+    by_query = mx.reshape(x, (B, n_kv_heads, -1, L, x.shape[-1])).swapaxes(2, 3)
+    products = (by_query @ rows).swapaxes(2, 3)
+    return mx.reshape(products, (*x.shape[:-1], -1))
+
+
+def _seen(block: Block, retrieved: Retrieved | None) -> mx.array:
+    mask = visible(block)
+    if retrieved is None:
+        return mask
+    seen = retrieved.seen
+    if seen is None:
+        seen = mx.ones((block.n, retrieved.keys.shape[3]), mx.bool_)
+    return mx.concatenate([mask, seen], axis=-1)
 
 
 def attend_fused(
@@ -125,7 +160,6 @@ def attend_fused(
     keys: mx.array,
     values: mx.array,
     block: Block,
-    window: int,
     scale: float,
     learned_sinks: mx.array | None = None,
 ) -> mx.array:
@@ -136,7 +170,7 @@ def attend_fused(
     """
     mask = None
     if block.n > 1:
-        mask = "causal" if block.everything else visible(block, window)
+        mask = "causal" if block.everything else visible(block)
     return mx.fast.scaled_dot_product_attention(
         queries,
         rows_of(keys, block.spans),
@@ -162,17 +196,17 @@ def rows_of(x: mx.array, spans: Sequence[Span]) -> mx.array:
     return mx.concatenate([x[:, :, s.start : s.stop] for s in spans], axis=2)
 
 
-def visible(block: Block, window: int) -> mx.array:
+def visible(block: Block) -> mx.array:
     """Return which query of the block sees which of its keys, ``[L, rows]`` bool.
 
-    Query t sees window key a iff ``t - W < a <= t``, and sink i iff ``i <= t``.
+    Query t sees window key a iff ``o(t) <= a <= t``, and sink i iff ``i <= t``.
     """
     # Counted from the block's first query, so that blocks in the steady state are all alike.
     spans = [
         (max(r.token - block.first, -r.length) if r.sinks else r.token - block.first, r)
         for r in block.ranges
     ]
-    return _visible(block.n, window, tuple((lead, r.length, r.sinks) for lead, r in spans))
+    return _visible(block.edges, tuple((lead, r.length, r.sinks) for lead, r in spans))
 
 
 def mask_of(layout: Layout) -> mx.array:
@@ -194,7 +228,8 @@ def _mask(ring: Ring, n: int) -> mx.array:
     layout = layout_of(ring, n)
     token = np.concatenate([np.arange(run.token, run.token + run.length) for run in layout.runs])
     query = np.arange(layout.ring.tokens, layout.end)[:, None]
-    near = (token > query - layout.ring.window) | (token < layout.ring.num_sinks)
+    edge = np.array([ring.edge(t) for t in range(ring.tokens, layout.end)])[:, None]
+    near = (token >= edge) | (token < ring.num_sinks)
     return mx.array(cast("Any", (token <= query) & near))
 
 
@@ -202,11 +237,11 @@ _masks = _Masks()
 
 
 @lru_cache(maxsize=4)
-def _visible(n: int, window: int, spans: tuple[tuple[int, int, bool], ...]) -> mx.array:
-    query = np.arange(n)[:, None]
+def _visible(edges: tuple[int, ...], spans: tuple[tuple[int, int, bool], ...]) -> mx.array:
+    query, edge = np.arange(len(edges))[:, None], np.array(edges)[:, None]
     parts: list[np.ndarray] = []
     for lead, length, sinks in spans:
         key = lead + np.arange(length)[None]
         seen = key <= query
-        parts.append(seen if sinks else seen & (key > query - window))
+        parts.append(seen if sinks else seen & (key >= edge))
     return mx.array(np.concatenate(parts, axis=1))

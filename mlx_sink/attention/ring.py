@@ -13,6 +13,11 @@ query sees the newest W all the same; the R before those are kept for when token
     slot    0  1 | 2  3  4  5  6     R = 1: token 4 is not seen, until 8 is taken back
     token   0  1 | 7  8  4  5  6
 
+With blocks of b tokens (recall) the window of token t begins at a block's edge, ``o(t) = S + b
+floor((t - W + 1 - S) / b)``, and has W to W + b - 1 tokens: what is evicted is whole blocks, so
+that every token is either seen or archived. The ring has b - 1 slots more. With b = 1 it is as
+above: ``o(t) = t - W + 1``.
+
 Positions are counted from the start of the current *epoch*, so that they stay small. A key is
 rotated once, at the position it had when it arrived. What a query needs instead is an extra
 *turn*, one for each kind of key range (`Turn`), because rotations add up: R(a) R(b) = R(a + b).
@@ -35,7 +40,10 @@ class Turn(enum.IntEnum):
     PREVIOUS = 1
     """Keys of the epoch before: turned by the length of that epoch."""
     SINK = 2
-    """Sink tokens: turned so that the distance is ``min(t, S + W - 1) - i``."""
+    """Sink tokens: turned so that the distance is ``min(t, S + W - 1) - i``. Retrieved blocks too:
+    their keys are turned to follow on the sinks."""
+    FAR = 3
+    """Archived keys while they are scored: turned so that a block begins at distance W."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +73,8 @@ class Ring:
     Attributes:
         num_sinks: S.
         window: W, own token included.
-        epoch: E, tokens after which positions restart; at least S + W + R, so that the sinks lie
-            in the first epoch and a window never spans more than two, nor does a window that
+        epoch: E, tokens after which positions restart; at least S + W + b - 1 + R, so that the
+            sinks lie in the first epoch and a window never spans more than two, nor does one that
             stands up to R tokens before the newest: two beginnings are all there is to remember.
         tokens: t, tokens seen so far, which is also the index of the next one.
         start: A, the token at which the current epoch began.
@@ -74,6 +82,7 @@ class Ring:
         rollback: R, spare slots.
         taken_back: Rows beyond the newest token that are still in the slots: of tokens that were
             taken back, and not yet overwritten. They have used up as many spare slots.
+        block: b, tokens by which the beginning of the window moves.
         chunked: A query sees nothing before the last token whose index is a multiple of W
             (chunked attention, Llama 4), and without sinks.
     """
@@ -87,22 +96,27 @@ class Ring:
     rollback: int = 0
     taken_back: int = 0
     chunked: bool = False
+    block: int = 1
 
     @classmethod
     def from_config(cls, config: SinkConfig) -> Ring:
         """Return the ring of a stream that has seen nothing."""
         S, W, E = config.num_sinks, config.window, config.epoch_length
-        return cls(S, W, E, rollback=config.rollback)
+        return cls(S, W, E, rollback=config.rollback, block=config.block)
 
     @property
     def capacity(self) -> int:
-        """Tokens that a full ring's next query may see, S + W."""
+        """Tokens that every query of a full ring sees, S + W."""
         return self.num_sinks + self.window
 
     @property
+    def _ring_slots(self) -> int:
+        return self.window + self.block - 1 + self.rollback
+
+    @property
     def slots(self) -> int:
-        """Slots of a full ring, S + W + R."""
-        return self.capacity + self.rollback
+        """Slots of a full ring, S + W + b - 1 + R."""
+        return self.num_sinks + self._ring_slots
 
     @property
     def position(self) -> int:
@@ -111,8 +125,17 @@ class Ring:
 
     @property
     def live(self) -> int:
-        """Slots that hold a token of the context."""
-        return min(self.tokens, self.capacity)
+        """Slots that hold a token that the newest one sees."""
+        return min(self.tokens, self.num_sinks + self.tokens - self.edge(self.tokens - 1))
+
+    def edge(self, token: int) -> int:
+        """Return o(t), the oldest token of the window of ``token``; at least S."""
+        beyond = token - self.window + 1 - self.num_sinks
+        return self.num_sinks + max(0, beyond - beyond % self.block)
+
+    def evicted(self, token: int) -> int:
+        """Return how many blocks have left the window of ``token``."""
+        return (self.edge(token) - self.num_sinks) // self.block
 
     @property
     def extent(self) -> int:
@@ -130,7 +153,7 @@ class Ring:
         """Return the slot that holds ``token`` while it is alive."""
         if token < self.num_sinks:
             return token
-        return self.num_sinks + (token - self.num_sinks) % (self.window + self.rollback)
+        return self.num_sinks + (token - self.num_sinks) % self._ring_slots
 
     def advanced(self, n: int) -> Ring:
         """Return the state after ``n`` more tokens, in a new epoch if this one is over."""
@@ -169,7 +192,7 @@ class Ring:
     def _back(self, n: int) -> Ring:
         tokens, start = self.tokens - n, self.start
         if tokens < start:
-            # E >= S + W + R: what can be seen from here lies in that epoch, and none before it.
+            # E is long enough: what can be seen from here lies in that epoch, and none before it.
             start = self.previous
         return self._at(tokens, start, self.previous, self.taken_back + n)
 
@@ -178,19 +201,18 @@ class Ring:
         if tokens - start >= self.epoch:
             start, previous = tokens, start
         S, W, E, R = self.num_sinks, self.window, self.epoch, self.rollback
-        return Ring(S, W, E, tokens, start, previous, R, taken_back, self.chunked)
+        return Ring(S, W, E, tokens, start, previous, R, taken_back, self.chunked, self.block)
 
     def live_runs(self) -> tuple[Run, ...]:
         """Return the tokens of the context in slot order."""
-        t, S = self.tokens, self.num_sinks
-        if t <= self.capacity:
+        t, S, oldest = self.tokens, self.num_sinks, self.edge(self.tokens - 1)
+        if oldest == S:
             return non_empty(Run(0, 0, t))
-        oldest = t - self.window
         first = self.slot(oldest)
-        whole = min(self.window, self.slots - first)
+        whole = min(t - oldest, self.slots - first)
         return non_empty(
             Run(0, 0, S),
-            Run(S, oldest + whole, self.window - whole),
+            Run(S, oldest + whole, t - oldest - whole),
             Run(first, oldest, whole),
         )
 
@@ -204,7 +226,7 @@ class Ring:
         copies: list[Copy] = []
         if t < S:
             copies.append(Copy(0, t, min(end, S) - t))
-        token = max(t, S, end - self.window - self.rollback)
+        token = max(t, S, end - self._ring_slots)
         while token < end:
             slot = self.slot(token)
             length = min(end - token, self.slots - slot)

@@ -10,10 +10,12 @@ import mlx.core as mx
 
 from mlx_sink.attention.layout import Layout, layout_of
 from mlx_sink.attention.packed import Packed
+from mlx_sink.attention.recall import Archived
 from mlx_sink.attention.reference import mask_of
 from mlx_sink.attention.ring import Ring
 from mlx_sink.attention.rope import Rotation
 from mlx_sink.cache import kv_sharing
+from mlx_sink.cache.archive import Archive
 from mlx_sink.cache.refusals import Refusals, Unsaved
 from mlx_sink.cache.rewindable import Rewindable
 from mlx_sink.cache.storage import storage_of
@@ -36,6 +38,10 @@ class SinkCache(Rewindable, Refusals):
         lends: Other layers attend to this one's rows too, and may name no cache.
         limit: Positions from which on the model would compute something else, or ``None``.
         chunked: A token sees only its own chunk of ``window`` tokens (Llama 4).
+        archive: Where evicted blocks go, for a layer that recalls.
+
+    Attributes:
+        recalls: The tokens of the next call look up evicted blocks, if there is an archive.
     """
 
     def __init__(
@@ -46,11 +52,15 @@ class SinkCache(Rewindable, Refusals):
         lends: bool = False,
         limit: int | None = None,
         chunked: bool = False,
+        archive: Archive | None = None,
     ):
         self.ring = replace(Ring.from_config(config), chunked=chunked)
         self.rotation = rotation
         self.lends = lends
         self.limit = limit
+        self.archive = archive
+        self.recalls = True
+        self._archived: Archived | None = None
         k_bits, v_bits = config.bits
         self._keys, self._values = storage_of(config, k_bits), storage_of(config, v_bits)
         self._layout: Layout | None = None
@@ -109,7 +119,8 @@ class SinkCache(Rewindable, Refusals):
                 "the model does not attend through mlx_sink: "
                 "keys were fetched twice without an attention call between"
             )
-        layout = layout_of(self.ring, keys.shape[2])
+        recalls = self.archive.most if self.archive and self.recalls else 0
+        layout = layout_of(self.ring, keys.shape[2], recalls)
         if self.limit is not None and self.ring.position + layout.n > self.limit:
             most = self.limit - self.ring.position
             raise CacheError(f"{layout.n} tokens at once are too many: read at most {most}")
@@ -121,6 +132,8 @@ class SinkCache(Rewindable, Refusals):
             self._packed = k, v
             k, v = k.expanded(), v.expanded()
         fetched = cast("mx.array", k), cast("mx.array", v)
+        if self.archive:
+            self._archived = self.archive.take(layout, *fetched, recalls=self.recalls)
         self._fetched = weakref.ref(fetched[0])
         if self.lends:
             self._lent = fetched
@@ -183,6 +196,10 @@ class SinkCache(Rewindable, Refusals):
         """
         packed, self._packed = self._packed, None
         return packed if self.handed_out(keys) else None
+
+    def take_archived(self) -> Archived | None:
+        """Return the evicted blocks that the last call may look up, if any."""
+        return self._archived
 
     def knows(self, mask: object) -> bool:
         """Tell whether a mask says what the layout of the last call says."""
@@ -257,8 +274,9 @@ class SinkCache(Rewindable, Refusals):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return self._keys.nbytes + self._values.nbytes
+        """Bytes of the arrays, the archive's included."""
+        archive = self.archive.nbytes if self.archive else 0
+        return self._keys.nbytes + self._values.nbytes + archive
 
     @property
     def bytes_per_token(self) -> int:
@@ -280,14 +298,18 @@ class SinkCache(Rewindable, Refusals):
         ring = self.ring
         sizes, stands = (ring.num_sinks, ring.window, ring.epoch), (ring.tokens, ring.start)
         since = ring.previous, ring.rollback, ring.taken_back
-        return self.keys, self.values, *sizes, *stands, *since, Unsaved()
+        archive = [self.archive.state] if self.archive else []
+        return self.keys, self.values, *sizes, *stands, *since, *archive, Unsaved()
 
     @state.setter
     def state(self, value: tuple[Any, ...]) -> None:
         keys, values, *integers = (part for part in value if not isinstance(part, Omitted))
-        self.ring = Ring(*integers, chunked=self.ring.chunked)
+        archive = integers.pop() if self.archive else None
+        self.ring = Ring(*integers, chunked=self.ring.chunked, block=self.ring.block)
         extent = self.ring.extent
         self._keys = self._keys.restored(keys, extent)
         self._values = self._values.restored(values, extent)
         self._layout, self._is_pending, self._fetched = None, False, None
-        self._lent = self._packed = None
+        self._lent = self._packed = self._archived = None
+        if self.archive:
+            self.archive = self.archive.restored(archive, self.ring)

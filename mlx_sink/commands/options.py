@@ -9,14 +9,20 @@ from typing import Any, NoReturn, cast
 
 from mlx_sink.commands.numbers import add_integer
 from mlx_sink.config import (
+    ASKED,
     BITS,
     DEFAULT_GROUP_SIZE,
     DEFAULT_NUM_SINKS,
+    DEFAULT_RECALL_BLOCK,
     DEFAULT_WINDOW,
     GROUP_SIZES,
     NUM_DRAFT_TOKENS,
+    RECALL_BITS,
+    RECALL_BLOCKS,
+    RECALL_MODES,
 )
 from mlx_sink.io.terminal import STATUS_ERROR
+from mlx_sink.io.units import parse_bytes
 
 
 def program(command: str) -> str:
@@ -129,6 +135,78 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
 def kv_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options say, as `SinkConfig` takes it."""
     return {name: getattr(args, name) for name in ("kv_bits", "k_bits", "v_bits", "kv_group_size")}
+
+
+def add_recall_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what of the evicted tokens can be looked up."""
+    add_integer(
+        parser,
+        "--recall",
+        least=0,
+        default=0,
+        help="evicted tokens that a token may look up beside what it sees, such as 256: what "
+        "leaves the window is then kept in an archive",
+    )
+    parser.add_argument(
+        "--recall-memory",
+        metavar="BYTES",
+        help="what the archive may hold, 2GB by default; the oldest goes when it is full",
+    )
+    parser.add_argument(
+        "--recall-mode",
+        choices=RECALL_MODES,
+        default=ASKED,
+        help="who looks up: 'asked', the tokens of --prompt and of the answers (default), or "
+        "'always', those of files too",
+    )
+    parser.add_argument(
+        "--recall-bits",
+        type=_bits,
+        default=RECALL_BITS,
+        metavar="{8,4,none}",
+        help=f"bits to quantise the archive to ({RECALL_BITS})",
+    )
+    parser.add_argument(
+        "--recall-block",
+        type=int,
+        choices=RECALL_BLOCKS,
+        default=DEFAULT_RECALL_BLOCK,
+        help=f"tokens that are looked up together ({DEFAULT_RECALL_BLOCK})",
+    )
+    parser.add_argument(
+        "--recall-layers",
+        type=_layers,
+        metavar="N,N,...",
+        help="layers that look up (default: as the model's config.json says, or all)",
+    )
+
+
+def recall_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say, as `SinkConfig` takes it.
+
+    Raises:
+        ConfigError: ``--recall-memory`` is no number of bytes.
+    """
+    names = ("recall", "recall_mode", "recall_bits", "recall_block", "recall_layers")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
+    if args.recall_memory is not None:
+        settings["recall_memory"] = parse_bytes(args.recall_memory, "--recall-memory")
+    return settings
+
+
+def _bits(text: str) -> int | None:
+    if text == "none":
+        return None
+    if text not in map(str, BITS):
+        raise argparse.ArgumentTypeError(f"must be 8, 4 or none, got {text!r}")
+    return int(text)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be layers such as 6,7,14, got {text!r}")
+    return tuple(map(int, parts))
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:

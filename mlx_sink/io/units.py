@@ -40,13 +40,17 @@ def format_bytes(n: float) -> str:
     return f"{n:.0f} bytes" if unit == "bytes" else f"{n:.2f} {unit}"
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, name: str = "--memory") -> int:
     """Parse a number of bytes: ``2GB`` is 2e9, ``2GiB`` is 2 * 2**30.
+
+    Args:
+        text: The number.
+        name: What it is called in an error.
 
     Raises:
         ConfigError: It is not a number of that kind.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None or (match[3] and not match[2]) or float(match[1]) == 0:
-        raise ConfigError(f"--memory must be bytes such as 2GB or 512MiB, got {text!r}")
+        raise ConfigError(f"{name} must be bytes such as 2GB or 512MiB, got {text!r}")
     return int(float(match[1]) * (BINARY if match[3] else UNITS)[match[2]])

@@ -12,6 +12,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sink.attention import recall
 from mlx_sink.attention.dispatch import BLOCK
 from mlx_sink.config import DEFAULT_NUM_SINKS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError, UnsupportedModelError
@@ -119,7 +120,8 @@ def largest(
         sized = replace(base, window=window)
         report = attach(model, sized)
         room = batch * workspace(model, sized, report, prefill_step_size)
-        return Budget(limit, sized, report, weights, batch * report.nbytes, room)
+        cache = batch * report.nbytes + report.archive_bytes
+        return Budget(limit, sized, report, weights, cache, room)
 
     def fitting(window: int) -> Budget | None:
         try:
@@ -129,7 +131,8 @@ def largest(
         return budget if budget.total <= limit else None
 
     context = context or trained_context(getattr(model, "args", None)) or LONGEST
-    smallest, most = of(1), max(1, context - base.num_sinks)
+    least = base.block
+    smallest, most = of(least), max(least, context - base.seen + base.window)
     if smallest.total > limit:
         raise ConfigError(_too_small(smallest, of(min(most, 1024)), limit))
     # Bytes grow with the window: try all of the context, then halve the interval.
@@ -150,7 +153,8 @@ def check(model: nn.Module, limit: int, config: SinkConfig, prefill_step_size: i
     _check_device(limit)
     report = attach(model, config)
     room = workspace(model, config, report, prefill_step_size)
-    budget = Budget(limit, config, report, weight_bytes(model), report.nbytes, room)
+    cache = report.nbytes + report.archive_bytes
+    budget = Budget(limit, config, report, weight_bytes(model), cache, room)
     if budget.total > limit:
         raise ConfigError(
             f"--memory {format_bytes(limit)} is not enough for a window of {config.window}: "
@@ -164,8 +168,8 @@ def workspace(model: nn.Module, config: SinkConfig, report: Report, step: int) -
 
     An upper bound for one sequence, compared with what MLX held on a CPU: up to `IN_FLIGHT` arrays
     of a block's scores; the outputs of a layer's matrices for a chunk, two and a half times; the
-    rows that the chunk attends to in the layer that holds most, three times; and the logits of a
-    token, eight times.
+    rows that the chunk attends to in the layer that holds most, three times; the scores of some
+    queries over a full archive, twice; and the logits of a token, eight times.
     """
     layers = cast("list[nn.Module]", model.layers)
     size = max(_sizes(model))
@@ -176,7 +180,9 @@ def workspace(model: nn.Module, config: SinkConfig, report: Report, step: int) -
     at_once = min(IN_FLIGHT, 4 * -(-step // BLOCK))
     rows = (config.capacity + step) * row
     logits = 4 * _vocabulary(model)
-    return at_once * scores + 5 * size * step * width // 2 + 3 * rows + 8 * logits
+    blocks = max((layer.archive_blocks for layer in report.layers), default=0)
+    looked_up = 2 * 4 * heads * min(recall.BLOCK, step) * blocks * config.recall_block
+    return at_once * scores + 5 * size * step * width // 2 + 3 * rows + looked_up + 8 * logits
 
 
 def _sizes(model: nn.Module) -> set[int]:
@@ -229,6 +235,6 @@ def _parts(budget: Budget) -> str:
 def _too_small(smallest: Budget, usual: Budget, limit: int) -> str:
     return (
         f"--memory {format_bytes(limit)} does not hold this model with any window: "
-        f"{format_bytes(smallest.total)} holds a window of 1 ({_parts(smallest)}), "
-        f"{format_bytes(usual.total)} one of {usual.config.window}"
+        f"{format_bytes(smallest.total)} holds a window of {smallest.config.window} "
+        f"({_parts(smallest)}), {format_bytes(usual.total)} one of {usual.config.window}"
     )

@@ -109,8 +109,7 @@ def _weights(attended: Attended, queries: mx.array, block: Block) -> mx.array:
     if attended.softcap is not None:
         scores = attended.softcap * mx.tanh(scores / attended.softcap)
     scores = mx.reshape(scores, (B, H, L, -1))
-    window = attended.layout.ring.window
-    scores = mx.where(reference.visible(block, window), scores, -mx.inf)
+    scores = mx.where(reference.visible(block), scores, -mx.inf)
     if attended.learned_sinks is not None:
         logits = mx.reshape(attended.learned_sinks.astype(mx.float32), (1, H, 1, 1))
         scores = mx.concatenate([scores, mx.broadcast_to(logits, (B, H, L, 1))], axis=-1)

@@ -135,6 +135,7 @@ def _softcapped(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> 
         v,
         layout=cache.take_layout(k),
         packed=cache.take_packed(k),
+        archived=cache.take_archived(),
         rotation=cache.rotation,
         scale=self.scale,
         softcap=self.attn_logit_softcapping,

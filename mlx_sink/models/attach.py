@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -15,7 +15,8 @@ from mlx_sink.cache.group import leaves
 from mlx_sink.cache.rewindable import rollback_of
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
-from mlx_sink.errors import CacheError, UnsupportedModelError
+from mlx_sink.errors import CacheError, ConfigError, UnsupportedModelError
+from mlx_sink.io.units import format_bytes
 from mlx_sink.models.architectures import VERIFIED, refusal
 from mlx_sink.models.cache_plan import CachePlan, plan_caches
 from mlx_sink.models.checkpoints.checkpoint import trained_context
@@ -83,7 +84,10 @@ def attach(model: nn.Module, config: SinkConfig | None = None) -> Report:
         plan = plan_caches(watch(model, config))
         if plan.aligns:
             align_ropes(model)
-        layers = _try_caches(model, plan.caches(config), config)
+        caches = plan.caches(config)
+        _try_caches(model, caches, config)
+        plan = replace(plan, blocks=archive_blocks(caches, config))
+        layers = _reports(caches, plan.blocks or 0)
         if not _is_verified(model):
             verify(model, plan)
     except UnsupportedModelError as error:
@@ -101,6 +105,12 @@ def detach(model: nn.Module) -> None:
     if isinstance(model.__dict__.get("make_cache"), _MakeCache):
         del model.make_cache
     restore_ropes(model)
+
+
+def config_of(model: nn.Module) -> SinkConfig | None:
+    """Return what a model is attached with; ``None`` if it is not."""
+    make = model.__dict__.get("make_cache")
+    return make.config if isinstance(make, _MakeCache) else None
 
 
 def make_cache(model: nn.Module) -> list[Any]:
@@ -132,12 +142,8 @@ def _is_verified(model: nn.Module) -> bool:
     return _architecture(model) in VERIFIED and packages <= {"mlx", "mlx_lm"}
 
 
-def _try_caches(
-    model: nn.Module, caches: Sequence[Any], config: SinkConfig
-) -> tuple[LayerReport, ...]:
-    """Send two tokens through the planned caches, and report what those hold when they are full.
-
-    Nothing is computed.
+def _try_caches(model: nn.Module, caches: Sequence[Any], config: SinkConfig) -> None:
+    """Send two tokens through the planned caches; nothing is computed.
 
     Raises:
         UnsupportedModelError: The model does not use the caches as when it was watched, or a
@@ -145,15 +151,62 @@ def _try_caches(
     """
     _check_rollback(caches, config)
     dry_run(model, caches, 2)
+    for i, cache in enumerate(caches):
+        for part in leaves([cache]):
+            if isinstance(part, SinkCache) and part.is_pending:
+                raise UnsupportedModelError(f"layer {i} does not attend to the keys it keeps")
+
+
+def _reports(caches: Sequence[Any], blocks: int) -> tuple[LayerReport, ...]:
+    """Report what caches hold when they are full, after tokens went through them."""
     reports: list[LayerReport] = []
     for i, cache in enumerate(caches):
         for part in leaves([cache]):
-            if isinstance(part, SinkCache) and part.empty():
-                continue
-            if isinstance(part, SinkCache) and part.is_pending:
-                raise UnsupportedModelError(f"layer {i} does not attend to the keys it keeps")
-            reports.append(report_of(i, part))
+            if not isinstance(part, SinkCache) or not part.empty():
+                reports.append(report_of(i, part, blocks))
     return tuple(reports)
+
+
+def archive_blocks(caches: Sequence[Any], config: SinkConfig) -> int:
+    """Return among how many evicted blocks each layer that recalls chooses; 0 without recall.
+
+    Args:
+        caches: The model's, after tokens went through them.
+        config: What to keep.
+
+    Raises:
+        UnsupportedModelError: No layer recalls.
+        ConfigError: A layer that is to recall cannot, or ``recall_memory`` is too small.
+    """
+    if not config.recall:
+        return 0
+    archives = {
+        i: part.archive
+        for i, cache in enumerate(caches)
+        for part in leaves([cache])
+        if isinstance(part, SinkCache) and part.archive and part.archive.bytes_per_block
+    }
+    for layer in config.recall_layers or ():
+        if layer not in archives:
+            able = "" if not archives else f", such as {next(iter(archives))}"
+            raise ConfigError(
+                f"layer {layer} of recall_layers cannot recall: use layers with full attention "
+                f"that leave it to mlx_sink{able}"
+            )
+    if not archives:
+        raise UnsupportedModelError(
+            "no layer of it can recall: recall needs full attention that is left to mlx_sink"
+        )
+    one = sum(archive.bytes_per_block for archive in archives.values())
+    most, spare = config.recall // config.recall_block, config.spare_blocks
+    blocks = config.recall_memory // one - spare
+    if blocks < most:
+        raise ConfigError(
+            f"recall_memory must hold the {config.recall} tokens that are looked up at once: "
+            f"at least {format_bytes(one * (most + spare))}, "
+            f"got {format_bytes(config.recall_memory)}"
+        )
+    return blocks
 
 
 def _check_rollback(caches: Sequence[Any], config: SinkConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_sink.attention.rope import RopeCall, Rotation
 from mlx_sink.cache.aligned import AlignedCache, Rows
+from mlx_sink.cache.archive import Archive
 from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import UnsupportedModelError
@@ -31,6 +32,7 @@ class RingPlan:
         lends: Other layers attend to its rows too.
         limit: As in `SinkCache`; 0 for a layer that keeps no keys.
         window: The window that the model asks for, or 0 if it is that of mlx-lm's cache.
+        layer: The place of the layer among the model's.
     """
 
     rotation: Rotation
@@ -38,23 +40,30 @@ class RingPlan:
     lends: bool = False
     limit: int | None = None
     window: int = 0
+    layer: int = 0
 
-    def cache(self, config: SinkConfig, kind: Kind) -> SinkCache:
+    def cache(self, config: SinkConfig, kind: Kind, blocks: int) -> SinkCache:
         """Make the ring, empty.
 
         Args:
             config: What to keep.
             kind: Of the layer.
+            blocks: Evicted blocks that may be held, if the layer recalls.
         """
         config = replace(config, window=max(config.window, self.window))
         if self.rows is not None:
+            # Its keys stand where the model wants them; blocks of others cannot come between.
+            config = replace(config, recall=0)
             return AlignedCache(config, self.rotation, self.rows, limit=self.limit)
+        layers = config.recall_layers
+        recalls = config.recall > 0 and (layers is None or self.layer in layers)
         return SinkCache(
             config,
             self.rotation,
             lends=self.lends,
             limit=self.limit,
             chunked=kind is Kind.CHUNK,
+            archive=Archive(config, self.rotation, blocks) if recalls else None,
         )
 
 
@@ -67,12 +76,15 @@ class CachePlan:
         rings: One for each of those that would grow, in order, groups one by one.
         limit: Positions from which on the model would compute something else, or ``None``.
         farthest: The largest position up to which the model was watched.
+        blocks: Evicted blocks that a layer holds, if it recalls; ``None`` for as many as are
+            looked up at once.
     """
 
     native: tuple[Any, ...]
     rings: tuple[RingPlan, ...]
     limit: int | None
     farthest: int
+    blocks: int | None = None
 
     def caches(self, config: SinkConfig) -> list[Any]:
         """Make empty caches, one for each layer; the model is not called.
@@ -84,9 +96,10 @@ class CachePlan:
             UnsupportedModelError: The rings do not fit below `limit`.
         """
         rings = iter(self.rings)
+        blocks = config.recall // config.recall_block if self.blocks is None else self.blocks
 
         def make(config: SinkConfig, kind: Kind) -> SinkCache:
-            return next(rings).cache(config, kind)
+            return next(rings).cache(config, kind, blocks)
 
         config = common_epoch(self.native, config, self.limit)
         return bounded_caches(copy.deepcopy(self.native), config, make)
@@ -110,7 +123,8 @@ def plan_caches(trace: ModelTrace) -> CachePlan:
             ring = _ring(chunk, token, rotations, trace.limit)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{error} (layer {chunk.layer})") from None
-        rings.append(replace(ring, window=windows.get(chunk.length, 0)))
+        window = windows.get(chunk.length, 0)
+        rings.append(replace(ring, window=window, layer=chunk.layer))
     return CachePlan(trace.native, tuple(rings), trace.limit, trace.farthest)
 
 

@@ -84,6 +84,7 @@ def _hook(names: dict[str, Any]) -> None:
             values,
             layout=owner.take_layout(keys, mask),
             packed=owner.take_packed(keys),
+            archived=owner.take_archived(),
             rotation=owner.rotation,
             scale=scale,
             learned_sinks=sinks,

@@ -108,9 +108,10 @@ def _size(value: object, where: str) -> int:
 def window_config(config: SinkConfig, window: int) -> SinkConfig:
     """Return what a layer with a sliding window of its own keeps, in the same epochs.
 
-    Epochs are the model's: some compute one position for all layers.
+    Epochs are the model's: some compute one position for all layers. Nothing is looked up: what
+    leaves such a window the model was not trained to see.
     """
-    return replace(config, num_sinks=0, window=window)
+    return replace(config, num_sinks=0, window=window, recall=0)
 
 
 def common_epoch(native: Sequence[Any], config: SinkConfig, limit: int | None) -> SinkConfig:

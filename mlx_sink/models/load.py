@@ -112,7 +112,7 @@ def load_draft(
         path_or_repo: As in `load`.
         tokenizer: The model's tokenizer.
         config: What the model keeps; the draft keeps as much of it as its own context holds, and
-            never quantised: its cache is small.
+            never quantised: its cache is small. It looks up nothing.
         options: As in `load`.
 
     Raises:
@@ -128,7 +128,8 @@ def load_draft(
             f"the draft model's context of {context} tokens does not hold the "
             f"{config.num_sinks} sinks"
         )
-    attach(model, replace(config, window=window, kv_bits=None, k_bits=None, v_bits=None))
+    plain = {"kv_bits": None, "k_bits": None, "v_bits": None, "recall": 0, "recall_layers": None}
+    attach(model, replace(config, window=window, **plain))
     return model
 
 

@@ -30,6 +30,9 @@ class LayerReport:
         sinks: Slots that are the sinks'.
         bytes_per_sink: Keys and values of a sink.
         state_bytes: Bytes that do not depend on the tokens, of one sequence.
+        archive_blocks: Evicted blocks that it looks up when its archive is full; 0 without recall.
+        spare_blocks: Those that the archive holds besides.
+        bytes_per_block: Keys and values of one of them.
     """
 
     index: int
@@ -41,20 +44,29 @@ class LayerReport:
     sinks: int = 0
     bytes_per_sink: int = 0
     state_bytes: int = 0
+    archive_blocks: int = 0
+    spare_blocks: int = 0
+    bytes_per_block: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a full cache for one sequence."""
+        """Bytes of a full cache for one sequence, without its archive."""
         ring = (self.slots - self.sinks) * self.bytes_per_token
         return ring + self.sinks * self.bytes_per_sink + self.state_bytes
 
+    @property
+    def archive_bytes(self) -> int:
+        """Bytes of a full archive for one sequence."""
+        return (self.archive_blocks + self.spare_blocks) * self.bytes_per_block
 
-def report_of(index: int, cache: Any) -> LayerReport:
+
+def report_of(index: int, cache: Any, blocks: int = 0) -> LayerReport:
     """Report what one cache will hold, from what it holds after a trace.
 
     Args:
         index: The layer.
         cache: A ring of ours, or a recurrent layer's cache of mlx-lm's.
+        blocks: Evicted blocks that a layer that recalls may hold.
     """
     if not isinstance(cache, SinkCache):
         return LayerReport(index, "state", "-", "-", 0, 0, state_bytes=int(cache.nbytes))
@@ -67,6 +79,9 @@ def report_of(index: int, cache: Any) -> LayerReport:
         cache.bytes_per_token,
         cache.ring.num_sinks,
         cache.bytes_per_sink,
+        archive_blocks=blocks if cache.archive else 0,
+        spare_blocks=cache.archive.size - cache.archive.limit if cache.archive else 0,
+        bytes_per_block=cache.archive.bytes_per_block if cache.archive else 0,
     )
 
 
@@ -85,8 +100,25 @@ class Report:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' full caches for one sequence."""
+        """Bytes of all layers' full caches for one sequence, without their archives."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def archive_bytes(self) -> int:
+        """Bytes of all layers' full archives for one sequence."""
+        return sum(layer.archive_bytes for layer in self.layers)
+
+    @property
+    def recall(self) -> str:
+        """What can be looked up, in one line; empty without recall."""
+        c, layers = self.config, [layer for layer in self.layers if layer.archive_blocks]
+        if not layers:
+            return ""
+        tokens = layers[0].archive_blocks * c.recall_block
+        return (
+            f"recall {c.recall} of the newest {tokens} evicted tokens, in {len(layers)} of "
+            f"{len(self.layers)} layers ({format_bytes(self.archive_bytes)} when full)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-ready dictionary."""
@@ -96,6 +128,7 @@ class Report:
             "sources": dict(self.sources),
             "layers": [asdict(layer) | {"bytes": layer.nbytes} for layer in self.layers],
             "bytes": self.nbytes,
+            "archive_bytes": self.archive_bytes,
         }
 
     def __str__(self) -> str:
@@ -108,6 +141,8 @@ class Report:
             f"{'layers':>7}  {'cache':<11} {'attention':<9} {'positions':<9} {'slots':>7} "
             f"{'bytes/token':>12} {'bytes':>12}  which",
         ]
+        if self.recall:
+            lines.insert(1, self.recall)
         if self.sources:
             lines.insert(1, f"settings: {self.origin}")
         for layer, alike in _alike(self.layers):

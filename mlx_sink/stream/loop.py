@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from itertools import count
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
 
-from mlx_sink.cache.group import CacheGroup
+from mlx_sink.cache.group import CacheGroup, leaves
+from mlx_sink.cache.sink_cache import SinkCache
 from mlx_sink.config import PREFILL_STEP
 from mlx_sink.errors import CacheError
 from mlx_sink.io.tensors import copied
@@ -72,6 +74,7 @@ class Loop:
     Attributes:
         logits: What the model expects next, ``[1, vocabulary]``; ``None`` while nothing is read.
         recent: The newest tokens: as many as the penalty window has, also after a rollback.
+        recalled: Which tokens have looked up evicted ones: those that can be taken back, and one.
         vocabulary: Tokens that the model can read. A wider output is cut to them.
         position: Tokens read and made.
     """
@@ -94,12 +97,14 @@ class Loop:
         self.logits: mx.array | None = None
         self._held = CacheGroup(*caches)
         self.recent: deque[int] = deque(maxlen=penalty_window + self._held.rollback)
+        self.recalled: deque[bool] = deque(maxlen=1 + self._held.rollback)
         self.position = self._held.tokens
         # Read by the model, and not yet handed out; with a draft only.
         self._ahead: deque[Step] = deque()
         self._chosen: Choice | None = None
         self._lock = Lock()
         self._whole = True
+        self._recalling: bool | None = None
 
     def read(
         self,
@@ -107,8 +112,9 @@ class Loop:
         step: int = PREFILL_STEP,
         progress: Progress = quiet,
         cancelled: Callable[[], bool] = lambda: False,
+        recall: bool = True,
     ) -> int:
-        """Take in tokens, ``step`` at a time and the last one alone, as mlx-lm does.
+        """Take in tokens, ``step`` at a time and the last alone, as mlx-lm does; return how many.
 
         Args:
             tokens: At least one; all of them below ``vocabulary``.
@@ -116,25 +122,23 @@ class Loop:
             progress: Called between the chunks; the loop may be saved from within.
             cancelled: Asked between the chunks. If so, one more token is read, so that there is
                 something to go on from.
-
-        Returns:
-            The tokens read.
+            recall: These tokens look up evicted ones, where the caches keep those.
         """
         total, done = len(tokens), 0
         progress(done, total)
         while total - done > 1 and not cancelled():
             n = min(step, total - done - 1)
-            self._take(tokens[done : done + n])
+            self._take(tokens[done : done + n], recall)
             done += n
             progress(done, total)
-        self._take(tokens[done : done + 1], last=True)
+        self._take(tokens[done : done + 1], recall, last=True)
         progress(done + 1, total)
         return done + 1
 
-    def _take(self, tokens: Sequence[int], *, last: bool = False) -> None:
+    def _take(self, tokens: Sequence[int], recall: bool, *, last: bool = False) -> None:
         with self.stepping():
             self._whole = False
-            logits = self._logits(mx.array([list(tokens)], mx.int32))
+            logits = self._logits(mx.array([list(tokens)], mx.int32), recall)
             if last:
                 self.logits = logits[:, -1, :]
                 _evaluate(self.logits)
@@ -146,6 +150,7 @@ class Loop:
             if self.draft:
                 self.draft.read(tokens)
             self.recent.extend(tokens)
+            self.recalled.extend([recall] * len(tokens))
             self.position += len(tokens)
             self._whole = True
 
@@ -164,7 +169,7 @@ class Loop:
         with self.stepping():
             history = self._history(sampling)
             chosen = self._started(self._expected(), history, self.key, sampling)
-        for n in _count():
+        for n in count():
             with self.stepping():
                 history = history.then(chosen.token)
                 self._whole = False
@@ -181,7 +186,7 @@ class Loop:
     def _drafted(self, sampling: Sampling, draft: Draft) -> Iterator[Made]:
         with self.stepping():
             self._expected()
-        for n in _count():
+        for n in count():
             with self.stepping(rewind=False):
                 if not self._ahead:
                     self._round(sampling, draft)
@@ -252,17 +257,23 @@ class Loop:
                 self.draft.rewind(n)
             for _ in range(n):
                 self.recent.pop()
+                if self.recalled:
+                    self.recalled.pop()
             self.position -= n
             self.logits = None
             if self.position:
                 self._held.reopen()
-                self.logits = self._logits(mx.array([[self.recent[-1]]], mx.int32))[:, -1, :]
+                token = mx.array([[self.recent[-1]]], mx.int32)
+                # More is taken back only before the first eviction: there is nothing to look up.
+                recall = self.recalled[-1] if self.recalled else True
+                self.logits = self._logits(token, recall)[:, -1, :]
                 _evaluate(self.logits)
             self._whole = True
 
     def _hand_out(self, token: int, logits: mx.array, key: mx.array | None) -> None:
         self.logits, self.key = logits, key
         self.recent.append(token)
+        self.recalled.append(True)
         self.position += 1
 
     def _expected(self) -> mx.array:
@@ -274,7 +285,12 @@ class Loop:
         width = self._expected().shape[-1]
         return History.of(list(self.recent), self.penalty_window, sampling, width)
 
-    def _logits(self, tokens: mx.array) -> mx.array:
+    def _logits(self, tokens: mx.array, recall: bool = True) -> mx.array:
+        if recall is not self._recalling:
+            for cache in leaves(self.caches):
+                if isinstance(cache, SinkCache):
+                    cache.recalls = recall
+            self._recalling = recall
         logits = cast("mx.array", self.model(tokens, cache=self.caches))
         wide = logits.shape[-1] > self.vocabulary
         return logits[..., : self.vocabulary] if wide else logits
@@ -299,6 +315,7 @@ class Loop:
             )
             fork.logits, fork.position = self.logits, self.position
             fork.recent.extend(self.recent)
+            fork.recalled.extend(self.recalled)
             return fork
 
     def settle(self) -> None:
@@ -330,10 +347,3 @@ class Loop:
                 yield
         finally:
             self._lock.release()
-
-
-def _count() -> Iterator[int]:
-    n = 0
-    while True:
-        yield n
-        n += 1

@@ -24,7 +24,7 @@ from mlx_sink.errors import CacheError, SessionError
 from mlx_sink.io import lock
 from mlx_sink.io import tensors as store
 from mlx_sink.io.tensors import Known, pack, plain, unpack
-from mlx_sink.models.attach import make_cache
+from mlx_sink.models.attach import config_of, make_cache
 from mlx_sink.models.lazy import parameters
 from mlx_sink.stream.loop import Loop
 from mlx_sink.stream.text.detokenize import detokenizer_for
@@ -51,6 +51,7 @@ class Saved:
         config: The settings that it was made with.
         position: Tokens read and made.
         recent: The newest tokens.
+        recalled: Which of the newest tokens have looked up evicted ones, 0 or 1.
         penalty_window: Newest tokens that logits processors see.
         caches: For each layer the class of its cache, and what `trees.pack` made of its state.
         text: The state of the text that was open, or ``None``.
@@ -64,6 +65,7 @@ class Saved:
     config: SinkConfig
     position: int
     recent: list[int]
+    recalled: list[int]
     penalty_window: int
     caches: list[tuple[str, Any]]
     text: list[Any] | None
@@ -131,6 +133,7 @@ def save(
             "config": _config(loop.model),
             "position": loop.position,
             "recent": list(loop.recent),
+            "recalled": [int(flag) for flag in loop.recalled],
             "penalty_window": loop.penalty_window,
             "caches": caches,
             "text": text,
@@ -161,11 +164,12 @@ def _saved(path: Path, held: dict[str, Any], arrays: dict[str, mx.array], known:
     recent = [natural(token, LIMIT) for token in _of(list, held["recent"])]
     if window < 1 or len(recent) > min(position, window + config.rollback):
         raise ValueError(window)
+    recalled = [natural(flag, 2) for flag in _of(list, held.get("recalled", []))]
     whose = {_of(str, part): _of(str, held["whose"][part]) for part in ("model", "tokenizer")}
     caches = [(_of(str, name), packed) for name, packed in _of(list, held["caches"])]
     text = None if held["text"] is None else _of(list, held["text"])
     note = _of(dict, held["note"])
-    values = whose, config, position, recent, window, caches, text, note, arrays
+    values = whose, config, position, recent, recalled, window, caches, text, note, arrays
     return Saved(path, *values, known)
 
 
@@ -241,6 +245,7 @@ def _restored(model: nn.Module, saved: Saved) -> Loop:
     loop = Loop(model, caches, key=key, penalty_window=saved.penalty_window)
     loop.position = saved.position
     loop.recent.extend(natural(token, loop.vocabulary) for token in saved.recent)
+    loop.recalled.extend(map(bool, saved.recalled))
     logits = arrays.get("logits")
     width = min(expected.shape[-1], loop.vocabulary)
     if logits is not None and (logits.dtype, logits.shape) != (expected.dtype, (1, width)):
@@ -301,7 +306,7 @@ def _check_ring(fresh: Ring, ring: Ring, state: Sequence[Any]) -> None:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(cast("Any", model).make_cache, "config", None)
+    config = config_of(model)
     return {} if config is None else config.to_dict()
 
 
@@ -320,6 +325,9 @@ def _step(model: nn.Module, caches: list[Any], n: int) -> mx.array:
 
 def _fits(value: Any, like: Any) -> bool:
     """Tell whether a state is like another but for the values, and one length of each array."""
+    if value is None or like is None:
+        # Nothing was read yet, or the cache keeps something only later.
+        return True
     if isinstance(value, mx.array) and isinstance(like, mx.array):
         if value.dtype != like.dtype or value.ndim != like.ndim:
             return False
@@ -338,7 +346,4 @@ def _fits(value: Any, like: Any) -> bool:
             and named.keys() == like.keys()
             and all(_fits(item, like[name]) for name, item in named.items())
         )
-    if value is None or like is None:
-        # Nothing was read yet, or the cache keeps something only later.
-        return True
     return type(value) is type(like) and (type(value) is not int or value >= 0)

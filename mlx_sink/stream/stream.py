@@ -20,6 +20,7 @@ from mlx_sink.models.attach import make_cache
 from mlx_sink.stream import checks, session
 from mlx_sink.stream.answer import Answer, hidden_tokens, response
 from mlx_sink.stream.loop import PENALTY_WINDOW, Loop, Made, Progress, quiet
+from mlx_sink.stream.place import Place
 from mlx_sink.stream.sampler import LogitsProcessor, Sampler, Sampling, fresh_key, greedy
 from mlx_sink.stream.session import Saved
 from mlx_sink.stream.speculative import draft_over
@@ -30,7 +31,7 @@ from mlx_sink.stream.text.tokens import token_ids
 from mlx_sink.stream.wired import wired
 
 
-class Stream:
+class Stream(Place):
     """One endless text: what a model has read and written, held in constant memory.
 
     Feed it, let it generate, feed it again, for as long as you like. Streams of one model share
@@ -165,31 +166,6 @@ class Stream:
             fork._text = ShownText.restored(detokenizer_for(self.tokenizer), self._text.state())
         return fork
 
-    @property
-    def model(self) -> nn.Module:
-        """The model that the stream runs on."""
-        return self._loop.model
-
-    @property
-    def caches(self) -> list[Any]:
-        """The stream's caches, one for each layer."""
-        return self._loop.caches
-
-    @property
-    def position(self) -> int:
-        """Tokens read and made since the stream began."""
-        return self._loop.position
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the caches, the draft model's included."""
-        return self._loop.nbytes
-
-    @property
-    def drafted(self) -> tuple[int, int]:
-        """Tokens that the draft model has guessed so far, and how many of them were right."""
-        return self._loop.drafted
-
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the tokens that `feed` reads for a text.
 
@@ -211,6 +187,7 @@ class Stream:
         text: str | Sequence[int] | mx.array,
         *,
         special: bool = False,
+        recall: bool | None = None,
         prefill_step_size: int = PREFILL_STEP,
         progress: Progress = quiet,
     ) -> int:
@@ -221,6 +198,9 @@ class Stream:
         Args:
             text: Text, which is encoded as is, or token ids.
             special: As in `encode`.
+            recall: This is a question: its tokens look up evicted ones, as the answer's do. By
+                default only with ``SinkConfig(recall_mode="always")``. Without
+                ``SinkConfig(recall=...)`` there is nothing to look up.
             prefill_step_size: Tokens read at once.
             progress: Called between the chunks with the tokens read so far and all of them.
 
@@ -240,7 +220,13 @@ class Stream:
         self._text = None
         began = time.perf_counter()
         with wired(self.model):
-            read = self._loop.read(tokens, prefill_step_size, progress, self._cancelled.is_set)
+            read = self._loop.read(
+                tokens,
+                prefill_step_size,
+                progress,
+                self._cancelled.is_set,
+                self.recalls_always if recall is None else recall,
+            )
         self._read += read
         self._reading_s += time.perf_counter() - began
         return read

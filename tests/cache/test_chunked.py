@@ -52,7 +52,7 @@ def met(layout: Layout, size: int) -> Iterable[tuple[int, list[int], list[Turn]]
         turns = [r.turn for r in block.ranges for _ in range(r.length)]
         rows = [r.row + i for r in block.ranges for i in range(r.length)]
         assert [token_of[row] for row in rows] == tokens
-        mask = np.array(visible(block, layout.ring.window))
+        mask = np.array(visible(block))
         if block.everything:
             assert np.array_equal(mask, np.tri(*mask.shape, k=mask.shape[1] - block.n, dtype=bool))
         for i in range(block.n):

@@ -145,7 +145,7 @@ def test_a_run_killed_before_it_read_anything_begins_anew(
 ):
     """Its file holds an empty stream, and its luck."""
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     argv = [*SAMPLING, *SMALL, "-m", "20", "--session", str(tmp_path / "s")]

@@ -31,8 +31,11 @@ def fits(layout: Layout, block: Block, packed: bool = False) -> bool:
     """Tell whether a block of a call is small enough for the kernel.
 
     The end of a long chunk is not, whatever its size: every number of queries is compiled and
-    checked for itself, and chunks would ask for all of them.
+    checked for itself, and chunks would ask for all of them. Nor is what looks up evicted blocks,
+    and several queries whose window begins at the edge of a block.
     """
+    if block.evicted or (layout.ring.block > 1 and block.n > 1):
+        return False
     pieces = block.spans if block.n == 1 and not packed else block.ranges
     return layout.n <= MAX_QUERIES and len(pieces) <= MAX_RANGES
 

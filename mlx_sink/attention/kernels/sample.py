@@ -81,9 +81,8 @@ class Sample:
         self, layout: Layout, queries: mx.array, keys: mx.array, values: mx.array
     ) -> mx.array:
         turned = reference.Turned(queries, layout, self.rotation, self.scale)
-        window = layout.ring.window
         outputs = [
-            reference.attend(turned.of(block), keys, values, block, window, **self.options)
+            reference.attend(turned.of(block), keys, values, block, **self.options)
             for block in blocks_of(layout, reference.BLOCK)
         ]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)

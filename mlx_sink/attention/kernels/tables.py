@@ -111,6 +111,8 @@ def _decode_ranges(block: Block, window: int, packed: bool) -> list[tuple[int, .
 
 def _is_edge(r: KeyRange, block: Block, window: int) -> bool:
     """Tell whether a query of the block does not see all keys of a range."""
+    if block.n == 1:
+        return False
     ahead = r.token + r.length - 1 > block.first
     behind = not r.sinks and r.token <= block.last - 1 - window
     return ahead or behind

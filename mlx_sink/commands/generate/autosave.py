@@ -93,7 +93,12 @@ class Runner:
             self.place["written"] += len(text.encode("utf-8", "replace"))
 
     def read(
-        self, tokens: Sequence[int], progress: Progress = quiet, *, whole: bool = False
+        self,
+        tokens: Sequence[int],
+        progress: Progress = quiet,
+        *,
+        whole: bool = False,
+        recall: bool | None = None,
     ) -> None:
         """Read tokens, and save on the way.
 
@@ -101,6 +106,7 @@ class Runner:
             tokens: At least one.
             progress: As in `Stream.feed`.
             whole: Neither stop nor save before all are read.
+            recall: As in `Stream.feed`.
         """
         before = self.place["read"]
         self.place["ended"] = False
@@ -114,7 +120,9 @@ class Runner:
                 self.save_if_due()
 
         began = time.perf_counter()
-        read = self.stream.feed(tokens, prefill_step_size=self.step, progress=between)
+        read = self.stream.feed(
+            tokens, recall=recall, prefill_step_size=self.step, progress=between
+        )
         self.tokens_read += read
         self.reading_s += time.perf_counter() - began
 

@@ -120,9 +120,9 @@ class Follower:
         self._note_place()
         self._runner.save_if_due()
 
-    def _read_now(self, tokens: Sequence[int]) -> None:
+    def _read_now(self, tokens: Sequence[int], recall: bool | None = None) -> None:
         if tokens:
-            self._runner.read(tokens, whole=True)
+            self._runner.read(tokens, whole=True, recall=recall)
 
     def _read_again(self) -> None:
         """Read what stands between an answer and the next words."""
@@ -133,7 +133,8 @@ class Follower:
     def _answer(self) -> None:
         """Read what waits and the question, and answer; nothing is saved before the answer is."""
         asked = self._encoder.encode(Piece(self._question, self._special), *self._around.ask)
-        self._read_now([*self._waiting, *asked])
+        self._read_now(self._waiting)
+        self._read_now(asked, recall=True)
         self._waiting = []
         self._note_place()
         if self._runner.stream.position == 0:

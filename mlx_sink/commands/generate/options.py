@@ -16,11 +16,13 @@ from mlx_sink.commands.options import (
     add_draft_options,
     add_kv_options,
     add_model_options,
+    add_recall_options,
     add_sink_options,
     kv_settings,
     program,
+    recall_settings,
 )
-from mlx_sink.config import NUM_DRAFT_TOKENS, PREFILL_STEP, SinkConfig
+from mlx_sink.config import DEFAULT_WINDOW, NUM_DRAFT_TOKENS, PREFILL_STEP, SinkConfig
 from mlx_sink.errors import ConfigError
 from mlx_sink.io.units import parse_bytes
 
@@ -74,6 +76,7 @@ def parser() -> Parser:
     )
     add_sink_options(p)
     add_kv_options(p)
+    add_recall_options(p)
     p.add_argument(
         "--memory",
         metavar="BYTES",
@@ -164,8 +167,9 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--num-draft-tokens needs --draft-model")
     SinkConfig(
         num_sinks=0 if args.num_sinks is None else args.num_sinks,
-        window=1 if args.window is None else args.window,
+        window=DEFAULT_WINDOW if args.window is None else args.window,
         **kv_settings(args),
+        **recall_settings(args),
     )
     if args.memory is not None:
         parse_bytes(args.memory)

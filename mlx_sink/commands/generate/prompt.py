@@ -27,6 +27,7 @@ class Asked:
         text: What is asked; ``None`` for nothing.
         name: A sum by which it is known again; ``None`` for nothing.
         is_chat: A chat template stands around it.
+        is_question: It was typed, and does not come out of a file: it may look up evicted tokens.
 
     Raises:
         InputError: It cannot be read, or is empty.
@@ -36,6 +37,7 @@ class Asked:
         self._args, self._tokenizer = args, tokenizer
         self._options = _options(args.chat_template_config)
         self.is_chat = bool(tokenizer.has_chat_template and not args.ignore_chat_template)
+        self.is_question = args.prompt not in (None, "-")
         self.text = _text(args, fresh and args.follow is None)
         if self.text is not None and not self.text.strip():
             raise InputError("the prompt is empty")

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_sink.commands.generate.autosave import Runner
 from mlx_sink.commands.generate.follow import check_place
-from mlx_sink.commands.options import Parser, text_of
+from mlx_sink.commands.options import Parser, recall_settings, text_of
 from mlx_sink.errors import ConfigError, SessionError
 from mlx_sink.stream import session
 from mlx_sink.stream.loop import Progress
@@ -50,7 +50,10 @@ def restore(args: argparse.Namespace, stated: dict[str, Any], parser: Parser) ->
         if stated.get(name, value) != value:
             _refuse(path, name, value, stated[name])
         setattr(args, name, value)
+    stated = stated | {n: v for n, v in recall_settings(args).items() if n in stated}
     for name, value in saved.config.to_dict().items():
+        if name == "recall_layers" and value is not None:
+            value = tuple(value)
         pinned = name == "num_sinks" and args.pin_system_prompt
         if stated.get(name, value) != value and not pinned:
             _refuse(path, name, value, stated[name])
@@ -139,6 +142,8 @@ def take(
     question: str | None,
     tokens: Callable[[bool, bool], Sequence[int]],
     progress: Progress,
+    *,
+    recall: bool | None = None,
 ) -> None:
     """Read and answer; go on with the turn that was broken off if it is the same one.
 
@@ -148,6 +153,7 @@ def take(
         tokens: Renders it, given whether it is the first, and whether an end-of-text token
             stands before it.
         progress: As in `Stream.feed`.
+        recall: As in `Stream.feed`.
 
     Raises:
         ConfigError: There is nothing to write on from.
@@ -168,7 +174,7 @@ def take(
         rest = list(tokens(turn["first"], turn["ended"]))
         turn["total"] = len(rest)
         if rest := rest[place["read"] :]:
-            runner.read(rest, progress)
+            runner.read(rest, progress, recall=recall)
     elif place["read"] < turn["total"] or stream.position == 0:
         raise ConfigError("the session stopped while it read its prompt: give the prompt again")
     if not runner.interrupted() and runner.answer() is not None:

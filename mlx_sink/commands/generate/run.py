@@ -19,7 +19,7 @@ from mlx_sink.commands.generate.autosave import Answering, Runner
 from mlx_sink.commands.generate.follow import Follower
 from mlx_sink.commands.generate.options import check, num_draft_tokens, parser
 from mlx_sink.commands.generate.prompt import Asked
-from mlx_sink.commands.options import kv_settings
+from mlx_sink.commands.options import kv_settings, recall_settings
 from mlx_sink.errors import OutputError
 from mlx_sink.io import terminal
 from mlx_sink.io.units import parse_bytes
@@ -36,6 +36,10 @@ from mlx_sink.stream.text.control import add_end
 
 DEMO_TEMP = 0.7
 """Temperature for the demo model, unless stated: without one it repeats itself."""
+
+
+ARCHIVE_SHARE = 4
+"""Of ``--memory`` the archive gets one part in so many, unless stated."""
 
 
 class Run:
@@ -89,9 +93,11 @@ class Run:
         if saved:
             config = saved.config
         else:
-            config, sources = own_settings.apply(own, context, num_sinks, window)
             rollback = num_draft_tokens(args) if args.draft_model else 0
-            config = replace(config, rollback=rollback, **kv_settings(args))
+            others = {"rollback": rollback, **kv_settings(args), **recall_settings(args)}
+            if args.memory is not None and args.recall_memory is None:
+                others["recall_memory"] = parse_bytes(args.memory) // ARCHIVE_SHARE
+            config, sources = own_settings.apply(own, context, num_sinks, window, **others)
         config.check_context(context)
         if args.memory is None:
             return replace(attach(self.model, config), sources=sources)
@@ -159,7 +165,10 @@ class Run:
             special = args.allow_special_tokens
             Follower(runner, args.follow, args.marker, around, question, special=special).run()
         else:
-            resume.take(runner, self.asked.name, self.asked.tokens, self._progress)
+            asked = self.asked
+            resume.take(
+                runner, asked.name, asked.tokens, self._progress, recall=asked.is_question or None
+            )
         if self.file is None:
             runner.show(self.stream.flush())
         if args.follow is None and (self.file is None or sys.stdout.isatty()):
@@ -181,7 +190,7 @@ class Run:
 
     def statistics(self) -> dict[str, Any]:
         """Return what was read and made, the bytes held, and where the stream stands."""
-        last = self.runner.last
+        last, archived = self.runner.last, self.stream.archived
         statistics: dict[str, Any] = {
             "model": self.args.model,
             "prompt_tokens": self.runner.tokens_read,
@@ -192,7 +201,7 @@ class Run:
             "num_sinks": self.report.config.num_sinks,
             "window": self.report.config.window,
             "sources": dict(self.report.sources),
-            "cache_bytes": self.stream.nbytes,
+            "cache_bytes": self.stream.nbytes - (archived.nbytes if archived else 0),
             "cache_bytes_full": self.report.nbytes,
             "peak_memory_bytes": mx.get_peak_memory(),
             "position": self.stream.position,
@@ -203,6 +212,12 @@ class Run:
                 "resumed_at": self.resumed_at,
                 "text_bytes": self.runner.place["written"],
                 "failed_saves": self.runner.failures,
+            }
+        if archived:
+            statistics["recall"] = {
+                "tokens": [archived.tokens.start, archived.tokens.stop],
+                "archive_bytes": archived.nbytes,
+                "archive_bytes_full": self.report.archive_bytes,
             }
         if self.args.draft_model:
             guessed, right = self.stream.drafted

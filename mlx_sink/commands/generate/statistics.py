@@ -23,6 +23,8 @@ def summary(s: dict[str, Any], prog: str) -> str:
         f"{s['window']}; {format_bytes(s['cache_bytes_full'])} when full), "
         f"peak memory {format_bytes(s['peak_memory_bytes'])}",
     ]
+    if "recall" in s:
+        lines.append(_recall(s["recall"], s["num_sinks"]))
     if SECTION_SOURCE in s["sources"].values():
         origins = ", ".join(f"{name}: {source}" for name, source in s["sources"].items())
         lines.append(f"settings from {origins}")
@@ -38,3 +40,13 @@ def summary(s: dict[str, Any], prog: str) -> str:
             f"{prog} --model mlx-community/Llama-3.2-3B-Instruct-4bit"
         )
     return "\n".join(lines)
+
+
+def _recall(r: dict[str, Any], num_sinks: int) -> str:
+    first, end = r["tokens"]
+    what = f"tokens {first} to {end - 1} can be looked up" if end > first else "nothing yet"
+    gone = f"; those from {num_sinks} to {first - 1} are forgotten" if first > num_sinks else ""
+    return (
+        f"archive {format_bytes(r['archive_bytes'])} ({what}{gone}; "
+        f"{format_bytes(r['archive_bytes_full'])} when full)"
+    )

@@ -72,16 +72,19 @@ def apply(
     context: int | None,
     num_sinks: int | None = None,
     window: int | None = None,
+    **others: Any,
 ) -> Applied:
     """Combine the settings: arguments first, then the model's own section, then the defaults.
 
-    A window from the section or the defaults shrinks to leave room for sinks given as an argument.
+    A window from the section or the defaults shrinks to leave room for sinks given as an argument,
+    and for what is looked up.
 
     Args:
         settings: The model's own section.
         context: Positions the model was trained on, in tokens, or ``None`` if unknown.
         num_sinks: The argument, or ``None``.
         window: The argument, or ``None``.
+        others: Other fields of `SinkConfig`.
 
     Raises:
         ConfigError: A value is out of range, or the capacity exceeds the context.
@@ -92,11 +95,13 @@ def apply(
     }
     if window is None and settings.window is not None:
         window = settings.window
-        if num_sinks is not None and context is not None:
-            window = max(1, min(window, context - num_sinks))
+        beside = SinkConfig(0, window, **others).seen - window
+        if context is not None and (num_sinks is not None or beside):
+            sinks = (num_sinks or settings.num_sinks or 0) + beside
+            window = max(1, min(window, context - sinks))
     if num_sinks is None:
         num_sinks = settings.num_sinks
-    config = SinkConfig.for_context(context, num_sinks, window)
+    config = SinkConfig.for_context(context, num_sinks, window, **others)
     config.check_context(context)
     return Applied(config, sources)
 
