@@ -83,8 +83,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="demo",
-        help="a model folder, a Hugging Face repository, or 'demo' (default) for the small "
-        "model inside this package",
+        help="a model folder, a file of GGUF, a Hugging Face repository, or 'demo' (default) for "
+        "the small model inside this package",
     )
     parser.add_argument("--adapter-path", help="a folder with trained adapter weights")
     parser.add_argument(

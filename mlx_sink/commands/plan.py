@@ -91,7 +91,8 @@ def parser() -> Parser:
     p.add_argument(
         "--model",
         default="demo",
-        help="a Hugging Face repository, a model folder, a config.json, or 'demo' (default)",
+        help="a Hugging Face repository, a model folder, a file of GGUF, a config.json, or "
+        "'demo' (default)",
     )
     add_sink_options(p)
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the configuration's)")

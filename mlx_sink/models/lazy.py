@@ -22,7 +22,8 @@ from mlx_sink.errors import ModelError, UnsupportedModelError, one_line
 from mlx_sink.io.units import format_bytes
 from mlx_sink.models.architectures import VERIFIED, refusal
 from mlx_sink.models.checkpoints import checkpoint, quantization, spelling
-from mlx_sink.models.load import check_folder, find_config
+from mlx_sink.models.load import check_folder, find_config, gguf_of
+from mlx_sink.models.weights import load_model
 
 _utils = cast("Any", mlx_lm_utils)
 
@@ -68,6 +69,8 @@ def unread(name: str, dtype: str | None = None) -> Unread:
     file = find_config(name)
     config = read_config(name)
     stated = dtype or dtype_of(config)
+    if (gguf := gguf_of(name)) is not None:
+        return _of_files(gguf, dtype)
     if file.name == checkpoint.CONFIG and any(file.parent.glob(checkpoint.PATTERN)):
         try:
             return _of_files(check_folder(name, file.parent), dtype)
@@ -86,11 +89,8 @@ def _of_files(found: checkpoint.Checkpoint, dtype: str | None) -> Unread:
     """Build a model with the parameters that its files hold."""
     _classes(found.config)
     try:
-        loaded = mlx_lm_utils.load_model(
-            found.path,
-            lazy=True,
-            model_config=spelling.for_mlx_lm(found.config, found.tensors),
-        )
+        spelled = spelling.for_mlx_lm(found.config, found.tensors)
+        loaded = load_model(found, spelled, lazy=True, unread=True)
     except Exception as error:  # whatever wrong values or a damaged file make it raise
         raise ModelError(found.explained(error)) from None
     model = loaded[0]

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, overload
 
 import mlx.nn as nn
-import mlx_lm
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import ConfigError, ModelError, one_line
 from mlx_sink.io import terminal
-from mlx_sink.models import demo
+from mlx_sink.io.gguf import is_gguf
+from mlx_sink.models import demo, weights
 from mlx_sink.models.attach import attach
 from mlx_sink.models.checkpoints import checkpoint, folders, quantization, settings, spelling
 from mlx_sink.models.checkpoints.checkpoint import CONFIG, Checkpoint
 from mlx_sink.models.checkpoints.names import Place, place_of
 from mlx_sink.models.checkpoints.settings import Settings
+from mlx_sink.models.gguf.source import checkpoint_of, file_in, opened
 from mlx_sink.models.report import Report
+from mlx_sink.models.vocabulary import check_vocabulary
 
 DEMO = demo.NAME
 
@@ -156,7 +158,19 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     Raises:
         ModelError: It cannot be found, is damaged, or is of a kind that is not read.
     """
-    return check_folder(name, find(name, revision))
+    path = find(name, revision)
+    return checkpoint_of(path) if path.is_file() else check_folder(name, path)
+
+
+def gguf_of(name: str) -> Checkpoint | None:
+    """Return the model that a name stands for if it is in GGUF on this machine; else ``None``.
+
+    Raises:
+        ModelError: As `find_checkpoint`.
+    """
+    place = place_of(name)
+    path = None if place.path is None else _model_in(place.path)
+    return checkpoint_of(path) if path is not None and is_gguf(path) else None
 
 
 def check_folder(name: str, path: Path) -> Checkpoint:
@@ -212,17 +226,9 @@ def by_mlx_lm(
         # mlx-lm prints some warnings to stdout, where the text of a command goes. And both it and
         # transformers raise whatever a damaged file happens to trip over.
         with contextlib.redirect_stdout(sys.stderr):
-            loaded = mlx_lm.load(
-                str(found.path),
-                return_config=True,
-                model_config=spelled,
-                trust_remote_code=trust_remote_code,
-                tokenizer_config={
-                    "trust_remote_code": trust_remote_code,
-                    **(tokenizer_config or {}),
-                },
-                **options,
-            )
+            trust = {"trust_remote_code": trust_remote_code}
+            about = {**trust, **(tokenizer_config or {})}
+            loaded = weights.load(found, spelled, tokenizer_config=about, **trust, **options)
     except Exception as error:
         reason = found.explained(error)
         if not trust_remote_code and "trust_remote_code" in str(error):
@@ -230,7 +236,7 @@ def by_mlx_lm(
         raise ModelError(f"cannot load model {name!r}: {reason}") from error
     for doubt in found.doubts:
         terminal.warn(doubt)
-    return cast("tuple[nn.Module, Any, dict[str, Any]]", loaded)
+    return loaded
 
 
 def _check_adapter(adapter: str | Path) -> None:
@@ -256,22 +262,26 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def find(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a model, downloaded if its name is that of a repository.
+    """Return the folder of a model, downloaded if its name is that of a repository; or its file.
 
     Raises:
         ModelError: There is no such folder, and no such repository can be had.
     """
     place = place_of(name, revision)
-    if place.path is None:
-        return _download(name, place)
-    if place.path.is_dir():
-        return place.path
-    if place.path.suffix == ".gguf":
-        raise ModelError(
-            f"model {name!r} is a file of GGUF, which mlx-lm does not read: use the repository "
-            "that it was made from"
-        )
-    raise ModelError(f"model {name!r} is a file: name the folder that holds config.json")
+    path = _download(name, place) if place.path is None else place.path
+    path = _model_in(path)
+    if path.is_dir() or is_gguf(path):
+        return path
+    raise ModelError(
+        f"model {name!r} is a file, and none of GGUF: name the folder that holds config.json"
+    )
+
+
+def _model_in(path: Path) -> Path:
+    """Return the GGUF file of a folder that holds one and no other weights, or the path itself."""
+    if not path.is_dir() or any(path.glob(checkpoint.PATTERN)):
+        return path
+    return file_in(path) or path
 
 
 def find_config(name: str) -> Path:
@@ -285,8 +295,9 @@ def find_config(name: str) -> Path:
     """
     place = place_of(name)
     path = _download(name, place, only=CONFIG) if place.path is None else place.path
+    path = _model_in(path)
     if path.is_file():
-        return path
+        return opened(path).folder / CONFIG if is_gguf(path) else path
     if not (path / CONFIG).is_file():
         what = folders.what_it_is(path)
         raise ModelError(f"model {name!r} has no {CONFIG}" + (f": it {what}" if what else ""))
@@ -315,23 +326,3 @@ def _download(name: str, place: Place, *, only: str | None = None) -> Path:
         what = "model" if only is None else f"{only} of model"
         raise ModelError(f"cannot download {what} {name!r}: {one_line(error)}") from error
     return Path(folder)
-
-
-def check_vocabulary(tokenizer: Any, draft_tokenizer: Any) -> None:
-    """Raise unless two tokenizers give a text the same tokens.
-
-    Special tokens may differ: families of models often name their reserved ones otherwise.
-
-    Raises:
-        ModelError: They have other vocabularies.
-    """
-    ours, theirs = (
-        {word: i for word, i in t.get_vocab().items() if word not in t.get_added_vocab()}
-        for t in (tokenizer, draft_tokenizer)
-    )
-    if ours != theirs:
-        alike = len(ours.items() & theirs.items())
-        raise ModelError(
-            f"the draft model's tokenizer does not match the model's: of its {len(theirs)} "
-            f"tokens {alike} are among the model's {len(ours)}; use one of the same family"
-        )

@@ -14,6 +14,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sink.errors import ModelError
+
 
 class _LookUp(Exception):  # noqa: N818  (it ends a forward pass, and is no error)
     """A table was asked for rows by number: there is nothing more to watch."""
@@ -74,3 +76,23 @@ def _rows(module: nn.Module) -> int:
     """Return the rows of a module's own table; 0 if it has none."""
     weight = cast("dict[str, Any]", module).get("weight")
     return weight.shape[0] if isinstance(weight, mx.array) and weight.ndim == 2 else 0
+
+
+def check_vocabulary(tokenizer: Any, draft_tokenizer: Any) -> None:
+    """Raise unless two tokenizers give a text the same tokens.
+
+    Special tokens may differ: families of models often name their reserved ones otherwise.
+
+    Raises:
+        ModelError: They have other vocabularies.
+    """
+    ours, theirs = (
+        {word: i for word, i in t.get_vocab().items() if word not in t.get_added_vocab()}
+        for t in (tokenizer, draft_tokenizer)
+    )
+    if ours != theirs:
+        alike = len(ours.items() & theirs.items())
+        raise ModelError(
+            f"the draft model's tokenizer does not match the model's: of its {len(theirs)} "
+            f"tokens {alike} are among the model's {len(ours)}; use one of the same family"
+        )

@@ -289,7 +289,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         _rename("model.safetensors", "pytorch_model.bin"),
         ["pytorch_model.bin is a pickle", "never read", "save_pretrained"],
     ),
-    "GGUF": (_rename("model.safetensors", "model.gguf"), ["GGUF is not read"]),
     "weights of another name": (
         _rename("model.safetensors", "consolidated.safetensors"),
         ["no model*.safetensors"],

@@ -58,7 +58,12 @@ def test_what_is_typed_looks_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert told("--prompt", "And then") == [True]
     assert told("--prompt-file", str(tmp_path / "p")) == [False]
     assert told("--prompt-file", str(tmp_path / "p"), "--recall-mode", "always") == [True]
-    assert told("--follow", "-", "--marker", "?", "--prompt", "Why?") == [False, True, False, False]
+    assert told("--follow", "-", "--marker", "?", "--prompt", "Why?") == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

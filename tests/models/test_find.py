@@ -148,11 +148,11 @@ def test_a_folder_of_the_hubs_cache(tmp_path: Path):
 
 def test_a_file_is_told(tmp_path: Path):
     folder = make_folder(tmp_path / "model")
-    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "model.gguf").write_bytes(b"GGML")
     for file, words in (
-        ("config.json", "is a file: name the folder"),
-        ("model.safetensors", "is a file: name the folder"),
-        ("model.gguf", "GGUF, which mlx-lm does not read"),
+        ("config.json", "is a file, and none of GGUF: name the folder"),
+        ("model.safetensors", "is a file, and none of GGUF: name the folder"),
+        ("model.gguf", "is a file, and none of GGUF: name the folder"),
     ):
         with pytest.raises(ModelError, match=words):
             find(str(folder / file))

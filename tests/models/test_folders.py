@@ -77,8 +77,6 @@ FOLDERS: dict[str, tuple[Change, str]] = {
         "is a part of a pipeline of diffusers (UNet2DConditionModel)",
     ),
     "tokenizer": (files(tokenizer__json={}), "is a tokenizer alone (tokenizer.json)"),
-    "GGUF": (files(llama__gguf=b"GGUF"), "GGUF is not read"),
-    "GGUF, configuration": (files(llama__gguf=b"", config__json=CONFIG), "GGUF is not read"),
     "pickle": (files(pytorch_model__bin=b"", config__json=CONFIG), "bin is a pickle"),
     "state of a training run": (
         files(training_args__bin=b"", config__json=CONFIG),

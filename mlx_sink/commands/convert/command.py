@@ -34,7 +34,12 @@ def parser() -> argparse.ArgumentParser:
         "with settings measured on that model.",
     )
     add = p.add_argument
-    add("--hf-path", "--model", required=True, help="a model folder, or a repository on the hub")
+    add(
+        "--hf-path",
+        "--model",
+        required=True,
+        help="a model folder, a file of GGUF, or a repository on the hub",
+    )
     add("--mlx-path", default="mlx_model", help="the folder to make (mlx_model)")
     add("-q", "--quantize", action="store_true", help="quantise the weights")
     add("--q-bits", type=integer(1, 8), help="bits per weight")

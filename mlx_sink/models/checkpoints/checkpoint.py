@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +55,8 @@ class Checkpoint:
         tensors: The type of each tensor, as safetensors spells it, by name.
         missing: Weight files that the index names, and that are not there.
         doubts: What is odd about the folder, and nothing that mlx-lm looks at: a line each.
+        weights: Returns the weights, where they are not in the folder, under the names of its
+            format; given true, arrays of their shapes and types that nothing has read.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class Checkpoint:
     tensors: dict[str, str]
     missing: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    weights: Callable[[bool], dict[str, Any]] | None = None
 
     def explained(self, error: BaseException) -> str:
         """Say why the folder did not load, from what was raised and from what it lacks."""

@@ -80,12 +80,6 @@ def _sentences(path: Path) -> str | None:
     return "is a model of sentence-transformers: it writes no text"
 
 
-def _gguf(path: Path) -> str | None:
-    if not _first(path, "*.gguf"):
-        return None
-    return f"holds GGUF (GGUF is not read, as mlx-lm reads none: {_ORIGINAL})"
-
-
 def _pickle(path: Path) -> str | None:
     names = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     name = next((name for name in names if not name.startswith(TRAINING)), None)
@@ -144,7 +138,6 @@ _OTHERS = {
 _KINDS: tuple[Callable[[Path], str | None], ...] = (
     _adapter,
     _pipeline,
-    _gguf,
     _mistral,
     _pickle,
     _of_others,

@@ -112,8 +112,8 @@ def _no_repository(name: str) -> str:
     """Say what a name looks like that is neither a folder nor a repository."""
     if re.fullmatch(r"(.+/)?[\w.-]+:[\w.-]+", name) and "\\" not in name:
         return (
-            f"model {name!r} is spelled as Ollama spells it, whose GGUF files mlx-lm does not "
-            "read: name a folder, or a repository such as "
+            f"model {name!r} is spelled as Ollama spells it: name its file, which the line FROM "
+            f"of 'ollama show --modelfile {name}' says, a folder, or a repository such as "
             "mlx-community/Llama-3.2-3B-Instruct-4bit"
         )
     return (

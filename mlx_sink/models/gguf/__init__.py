@@ -1,0 +1,1 @@
+"""Models in GGUF files: what llama.cpp, LM Studio and Ollama keep, as mlx-lm takes it."""
