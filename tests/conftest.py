@@ -118,6 +118,7 @@ SLOW = [
     Slow("test_readme.py", "test_the_kernel_example|test_the_demo_reads"),
     Slow("test_special_tokens.py", "test_an_answer_that_never_ends"),
     Slow("test_page.py"),
+    Slow("test_smollm2.py"),
 ]
 """What the default set leaves out."""
 
