@@ -211,9 +211,15 @@ class SinkConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a JSON-ready dictionary."""
+        """Return the settings as a JSON-ready dictionary, without recall those of recall left out.
+
+        So files that were written before there was recall still say the same.
+        """
+        values = asdict(self)
+        if not self.recall:
+            return {name: value for name, value in values.items() if not name.startswith("recall")}
         layers = None if self.recall_layers is None else list(self.recall_layers)
-        return asdict(self) | {"recall_layers": layers}
+        return values | {"recall_layers": layers}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SinkConfig:

@@ -22,6 +22,7 @@ from mlx_sink.attention.recall import Archived, retrieve
 from mlx_sink.attention.reference import BLOCK
 from mlx_sink.attention.ring import Turn
 from mlx_sink.attention.rope import Rotation
+from mlx_sink.attention.single import attend_one, step_of
 
 STILL = frozenset([Turn.NONE])
 
@@ -106,59 +107,120 @@ def sink_attention(
     """
     if (observer := _observer.get()) is not None:
         observer(Attended(queries, keys, layout, scale, softcap, learned_sinks))
-    start = layout.ring.tokens
-    options: reference.Extras = {"softcap": softcap, "learned_sinks": learned_sinks}
-    turned = reference.Turned(queries, layout, rotation, scale)
+    if layout.n == 1 and packed is None:
+        # What follows is a decode step's: a GPU, or a CPU, waits for every line of it.
+        step = step_of(layout, rotation, scale, queries.shape[3])
+        if step is not None and (step.is_still or not _may_serve(rotation)):
+            return attend_one(queries, keys, values, step, scale, softcap, learned_sinks)
+    call = _Call(
+        queries, keys, values, layout, rotation, scale, softcap, learned_sinks, packed, archived
+    )
+    if layout.n == 1:
+        return call.attend(blocks_of(layout, 1)[0])
+    return call.in_blocks()
 
-    def rows(first: int, last: int) -> mx.array:
-        whole = last - first == layout.n
-        return queries if whole else queries[:, :, first - start : last - start]
 
-    def is_still(block: Block) -> bool:
-        if softcap is not None or block.evicted:
+def _may_serve(rotation: Rotation) -> bool:
+    """Tell whether the decode kernel may serve a layer on this machine."""
+    return rotation.start == 0 and check_decode.is_possible()
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call of `sink_attention`; the fields are its arguments."""
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    layout: Layout
+    rotation: Rotation
+    scale: float
+    softcap: float | None
+    learned_sinks: mx.array | None
+    packed: tuple[Packed, Packed] | None
+    archived: Archived | None
+    turned: reference.Turned | None = None
+
+    def in_blocks(self) -> mx.array:
+        """Attend block by block, neighbours in one launch where a kernel serves."""
+        layout, rotation = self.layout, self.rotation
+        is_band = layout.ring.block == 1 and not layout.ring.chunked
+        is_chunk = layout.n > MAX_QUERIES and rotation.start == 0 and is_band
+        outputs: list[mx.array] = []
+        size = recall.BLOCK if layout.recalls else BLOCK
+        for still, group in groupby(blocks_of(layout, size), self.is_still):
+            blocks = list(group)
+            tile = None
+            if is_chunk and not still:
+                tile = check_prefill.serves(
+                    self.queries, self.keys, self.values, rotation, **self.options
+                )
+            if tile is None:
+                outputs += map(self.attend, blocks)
+                continue
+            first, last = blocks[0].first, blocks[-1].last
+            tables = prefill_tables(layout, first, last, rotation, tile.queries)
+            queries = self.rows(first, last)
+            outputs.append(
+                prefill(queries, self.keys, self.values, tables, scale=self.scale, **self.options)
+            )
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+    @property
+    def options(self) -> reference.Extras:
+        return {"softcap": self.softcap, "learned_sinks": self.learned_sinks}
+
+    def rows(self, first: int, last: int) -> mx.array:
+        """Return the queries of some tokens."""
+        if last - first == self.layout.n:
+            return self.queries
+        start = self.layout.ring.tokens
+        return self.queries[:, :, first - start : last - start]
+
+    def is_still(self, block: Block) -> bool:
+        """Tell whether one rotation of the queries serves for all keys, and nothing is capped."""
+        if self.softcap is not None or block.evicted:
             return False
-        return rotation.is_identity or block.turns == STILL
+        return block.turns == STILL or self.rotation.is_identity
 
-    def attend(block: Block) -> mx.array:
-        q = rows(block.first, block.last)
+    def attend(self, block: Block) -> mx.array:
+        """Attend from one block."""
+        layout, rotation, scale = self.layout, self.rotation, self.scale
+        keys, values, softcap = self.keys, self.values, self.softcap
+        q = self.rows(block.first, block.last)
+        may_serve = rotation.start == 0 and layout.n <= MAX_QUERIES
         if (
-            packed is not None
-            and rotation.start == 0
+            self.packed is not None
+            and may_serve
             and fits(layout, block, packed=True)
-            and check_decode.serves(q, keys, values, rotation, packed=packed, **options)
+            and check_decode.serves(q, keys, values, rotation, packed=self.packed, **self.options)
         ):
             tables = decode_tables(layout, block, rotation, packed=True)
-            return decode_packed(q, *packed, tables, scale=scale, **options)
-        if is_still(block):
-            return reference.attend_fused(q, keys, values, block, scale, learned_sinks)
+            return decode_packed(q, *self.packed, tables, scale=scale, **self.options)
+        if self.is_still(block):
+            return reference.attend_fused(q, keys, values, block, scale, self.learned_sinks)
         if (
-            rotation.start == 0
+            may_serve
             and fits(layout, block)
-            and check_decode.serves(q, keys, values, rotation, **options)
+            and check_decode.serves(q, keys, values, rotation, **self.options)
         ):
             tables = decode_tables(layout, block, rotation)
-            return decode(q, keys, values, tables, scale=scale, **options)
-        retrieved = None
-        if block.evicted and archived is not None:
-            far = turned.rows(block, Turn.FAR)
-            retrieved = retrieve(far, archived, block, layout.recalls, rotation)
-        return reference.attend(
-            turned.of(block), keys, values, block, retrieved=retrieved, **options
-        )
+            return decode(q, keys, values, tables, scale=scale, **self.options)
+        if layout.n == 1:
+            step = step_of(layout, rotation, scale, q.shape[3])
+            if step is not None:
+                return attend_one(q, keys, values, step, scale, softcap, self.learned_sinks)
+        return self.in_general(block)
 
-    is_band = layout.ring.block == 1 and not layout.ring.chunked
-    is_chunk = layout.n > MAX_QUERIES and rotation.start == 0 and is_band
-    outputs: list[mx.array] = []
-    size = recall.BLOCK if layout.recalls else BLOCK
-    for still, group in groupby(blocks_of(layout, size), is_still):
-        blocks = list(group)
-        tile = None
-        if is_chunk and not still:
-            tile = check_prefill.serves(queries, keys, values, rotation, **options)
-        if tile is None:
-            outputs += map(attend, blocks)
-            continue
-        first, last = blocks[0].first, blocks[-1].last
-        tables = prefill_tables(layout, first, last, rotation, tile.queries)
-        outputs.append(prefill(rows(first, last), keys, values, tables, scale=scale, **options))
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+    def in_general(self, block: Block) -> mx.array:
+        """Attend from one block in the plain operations that know everything."""
+        if self.turned is None:
+            self.turned = reference.Turned(self.queries, self.layout, self.rotation, self.scale)
+        retrieved = None
+        if block.evicted and self.archived is not None:
+            far = self.turned.rows(block, Turn.FAR)
+            retrieved = retrieve(far, self.archived, block, self.layout.recalls, self.rotation)
+        queries = self.turned.of(block)
+        return reference.attend(
+            queries, self.keys, self.values, block, retrieved=retrieved, **self.options
+        )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 from mlx_sink.attention.ring import Copy, Ring, Run, Turn
 
 
-@dataclass(frozen=True, slots=True)
-class KeyRange:
+class KeyRange(NamedTuple):
     """A run of rows that a block of queries meets under one turn: all sinks, or none."""
 
     row: int
@@ -20,8 +21,7 @@ class KeyRange:
     sinks: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Neighbouring rows ``[start, stop)`` under the same turn; tokens need not run on."""
 
     start: int
@@ -29,7 +29,8 @@ class Span:
     turn: Turn
 
 
-@dataclass(frozen=True, slots=True)
+# Neither this nor a layout is changed once it is made. Python would check that in each step.
+@dataclass(slots=True, eq=False)
 class Block:
     """Queries that are attended together, and the keys that any of them sees.
 
@@ -39,6 +40,7 @@ class Block:
         n: Queries in the block.
         ranges: The keys, in row order.
         spans: The same rows, as few pieces as their turns allow.
+        in_a_row: The spans are neighbours.
         turns: The turns that the keys ask for, and what is retrieved.
         edges: The oldest window token that each query sees, counted from ``first``.
         evicted: Blocks that have left the window of each query, of which it retrieves some; empty
@@ -52,13 +54,14 @@ class Block:
     n: int
     ranges: tuple[KeyRange, ...]
     spans: tuple[Span, ...]
+    in_a_row: bool
     turns: frozenset[Turn]
     edges: tuple[int, ...]
     evicted: tuple[int, ...]
     everything: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Layout:
     """What one call attends to: its queries, and the token behind every row of its keys.
 
@@ -73,6 +76,7 @@ class Layout:
         writes: Which of the call's rows go to which slots.
         after: The state at the end of the call.
         recalls: Blocks that each query retrieves at the most; 0 if the call does not recall.
+        extent: Slots that hold a token at the end of the call.
     """
 
     ring: Ring
@@ -81,7 +85,8 @@ class Layout:
     held: tuple[Run, ...]
     writes: tuple[Copy, ...]
     after: Ring
-    recalls: int = 0
+    recalls: int
+    extent: int
 
     @property
     def end(self) -> int:
@@ -109,38 +114,40 @@ class Layout:
 
     def _farthest(self, token: int) -> int:
         ring = self.ring
-        return ring.num_sinks + self.retrieved(token) + token - ring.edge(token)
+        retrieved = self.retrieved(token) if self.recalls else 0
+        return ring.num_sinks + retrieved + token - ring.edge(token)
 
     def block(self, first: int, last: int) -> Block:
         """Return the keys that queries ``first .. last-1`` see, split by turn."""
         ring, S, W = self.ring, self.ring.num_sinks, self.ring.window
         edges = [first - first % W if ring.chunked else ring.edge(t) for t in range(first, last)]
-        oldest = max(S, edges[0])
-        evicted = tuple(map(ring.evicted, range(first, last))) if self.recalls else ()
-        if not any(evicted):
-            evicted = ()
+        oldest, evicted = max(S, edges[0]), tuple[int, ...]()
+        if self.recalls and ring.evicted(last - 1):
+            evicted = tuple(map(ring.evicted, range(first, last)))
         # In the first epoch and with everything in sight, positions are already right.
         is_right = ring.start == 0 and self._farthest(last - 1) >= last - 1
         sink = Turn.NONE if is_right and not evicted else Turn.SINK
-        spans = (
+        seen = (
             (0, min(S, last), sink, True),
             (oldest, min(last, ring.start), Turn.PREVIOUS, False),
             (max(oldest, ring.start), last, Turn.NONE, False),
         )
         ranges: list[KeyRange] = []
         for run in self.runs:
-            for low, high, turn, sinks in spans:
+            for low, high, turn, sinks in seen:
                 token = max(low, run.token)
                 length = min(high, run.token + run.length) - token
                 if length > 0:
                     row = run.row + token - run.token
                     ranges.append(KeyRange(row, token, length, turn, sinks))
+        spans = _merged(ranges)
         return Block(
             first,
             last,
             last - first,
             tuple(ranges),
-            _merged(ranges),
+            spans,
+            all(a.stop == b.start for a, b in pairwise(spans)),
             frozenset([*(r.turn for r in ranges), *([Turn.SINK] if evicted else [])]),
             tuple(edge - first for edge in edges),
             evicted,
@@ -159,16 +166,16 @@ def layout_of(ring: Ring, n: int, recalls: int = 0) -> Layout:
     writes, after = ring.writes(n), ring.advanced(n)
     if n == 1:
         held = after.live_runs()
-        return Layout(ring, n, held, held, writes, after, recalls)
+        return Layout(ring, n, held, held, writes, after, recalls, after.extent)
     held = ring.in_token_order()
     runs: list[Run] = []
     for run in (*held, Run(0, ring.tokens, n)):
         last = runs[-1] if runs else Run(0, 0, 0)
         if last.token + last.length == run.token and runs:
-            runs[-1] = replace(last, length=last.length + run.length)
+            runs[-1] = last._replace(length=last.length + run.length)
         else:
-            runs.append(replace(run, row=last.row + last.length))
-    return Layout(ring, n, tuple(runs), held, writes, after, recalls)
+            runs.append(run._replace(row=last.row + last.length))
+    return Layout(ring, n, tuple(runs), held, writes, after, recalls, after.extent)
 
 
 @lru_cache(maxsize=64)
@@ -189,7 +196,7 @@ def _merged(ranges: Sequence[KeyRange]) -> tuple[Span, ...]:
     for r in ranges:
         stop = r.row + r.length
         if spans and spans[-1].stop == r.row and spans[-1].turn is r.turn:
-            spans[-1] = replace(spans[-1], stop=stop)
+            spans[-1] = spans[-1]._replace(stop=stop)
         else:
             spans.append(Span(r.row, stop, r.turn))
     return tuple(spans)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mlx_sink.config import SinkConfig
 from mlx_sink.errors import CacheError
@@ -46,8 +47,7 @@ class Turn(enum.IntEnum):
     """Archived keys while they are scored: turned so that a block begins at distance W."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Rows of a key array that hold consecutive tokens: ``row + i`` holds ``token + i``."""
 
     row: int
@@ -55,8 +55,7 @@ class Run:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """``length`` rows from ``source`` of one array to ``target`` of another."""
 
     source: int

@@ -18,6 +18,12 @@ from mlx_sink.errors import UnsupportedModelError
 
 Rope = Callable[..., mx.array]
 
+RECENT = 8
+"""Turns that are kept: those of a step, which all layers of a model ask for."""
+
+AT_ONCE = 16
+"""Matrices that are made at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class RopeCall:
@@ -115,7 +121,7 @@ class Rotation:
         exact, width = x.astype(mx.float32), x.shape[-1]
         if len(positions) == 1:
             # A decode step: one small product costs less than many smaller operations.
-            (matrix,) = self._recall(key, lambda: (self._matrix(positions[0], width),))
+            (matrix,) = self._recall(key, lambda: (self.matrix(positions[0], width),))
             return (exact @ matrix).astype(x.dtype)
         cos, sin = self._recall(key, lambda: self._table(positions))
         stop = self.start + self.dims
@@ -140,7 +146,7 @@ class Rotation:
         arrays = self._recent.get(key)
         if arrays is None:
             arrays = make()
-            if len(self._recent) >= 4:
+            if len(self._recent) >= RECENT:
                 # Streams of one model may run in several threads.
                 keys = list(self._recent)
                 self._recent.pop(keys[0], None)
@@ -158,21 +164,41 @@ class Rotation:
             cos, sin = np.tile(cos, 2), np.concatenate([-sin, sin], axis=-1)
         return mx.array(cos.astype(np.float32)), mx.array(sin.astype(np.float32))
 
-    def _matrix(self, position: int, head_dim: int) -> mx.array:
-        """Return the rotation as a matrix for rows, ``[head_dim, head_dim]`` in float32."""
-        angles = position * self.frequencies
-        cos, sin = np.cos(angles), np.sin(angles)
-        matrix = np.eye(head_dim, dtype=np.float32)
-        diagonal = matrix.ravel()[:: head_dim + 1]
-        step = 1 if self.interleaved else self.dims // 2
-        a, stop = self.start, self.start + self.dims
-        first = slice(a, stop, 2) if self.interleaved else slice(a, a + step)
-        second = slice(a + step, stop, first.step)
-        diagonal[first] = diagonal[second] = cos
-        # Beside the diagonal, a pair's distance away, rows and columns are exchanged.
-        matrix.ravel()[step :: head_dim + 1][first] = sin
-        matrix.ravel()[step * head_dim :: head_dim + 1][first] = -sin
-        return mx.array(matrix)
+    def matrix(self, position: int, head_dim: int, scale: float = 1.0) -> mx.array:
+        """Return the rotation by a number of positions as a matrix for rows.
+
+        Args:
+            position: How far.
+            head_dim: Rows and columns.
+            scale: Factor on all of it.
+
+        Returns:
+            ``[head_dim, head_dim]`` float32; angles are worked out in float64.
+        """
+        # From step to step it changes by one position: those of the next steps are made at once.
+        first = position - position % AT_ONCE
+        key = "matrices", first, head_dim, scale
+        matrices = self._recall(key, lambda: self._matrices(first, head_dim, scale))
+        return matrices[position - first]
+
+    def _matrices(self, first: int, head_dim: int, scale: float) -> tuple[mx.array, ...]:
+        """Return the matrices of some positions. Streams in several threads share them.
+
+        Nothing of them is left to compute: two threads must not compute the same array.
+        """
+        n, start = len(self.frequencies), self.start
+        angles = np.multiply.outer(np.arange(first, first + AT_ONCE), self.frequencies)
+        cos, sin = scale * np.cos(angles), scale * np.sin(angles)
+        pair = np.arange(n)
+        a = start + (2 * pair if self.interleaved else pair)
+        b = a + (1 if self.interleaved else n)
+        matrices = np.zeros((AT_ONCE, head_dim, head_dim), np.float32)
+        diagonal = np.arange(head_dim)
+        matrices[:, diagonal, diagonal] = scale
+        matrices[:, a, a] = matrices[:, b, b] = cos
+        # The two rows and columns of a pair.
+        matrices[:, a, b], matrices[:, b, a] = sin, -sin
+        return tuple(mx.array(cast("Any", matrix)) for matrix in matrices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotation:
         return self

@@ -195,7 +195,23 @@ class SinkCache(Rewindable, Refusals):
             keys: What is attended to; what a model made of the fetched keys is nowhere packed.
         """
         packed, self._packed = self._packed, None
-        return packed if self.handed_out(keys) else None
+        return packed if packed is not None and self.handed_out(keys) else None
+
+    def take(
+        self, keys: mx.array, mask: object
+    ) -> tuple[Layout, tuple[Packed, Packed] | None, Archived | None]:
+        """Return all that attention is told of the rows last fetched; see `take_layout`."""
+        layout = self._layout
+        if (
+            layout is None
+            or mask is not None
+            or self._fetched is None
+            or self._fetched() is not keys
+        ):
+            return self.take_layout(keys, mask), self.take_packed(keys), self._archived
+        self._is_pending = False
+        packed, self._packed = self._packed, None
+        return layout, packed, self._archived
 
     def take_archived(self) -> Archived | None:
         """Return the evicted blocks that the last call may look up, if any."""

@@ -46,6 +46,16 @@ class _Slots:
                 source = rows if whole else rows[:, :, c.source : c.source + c.length]
                 array[:, :, c.target : c.target + c.length] = source
 
+    def holds(self, n: int) -> bool:
+        """Tell whether there are n slots already."""
+        return bool(self.arrays) and n <= self.arrays[0].shape[2]
+
+    def put(self, slot: int, row: mx.array, n: int) -> mx.array:
+        """Put one row of the only array into its slot, and return the first n: a decode step."""
+        array = self.arrays[0]
+        array[:, :, slot : slot + 1] = row
+        return array if n == array.shape[2] else array[:, :, :n]
+
     def first(self, n: int) -> list[mx.array]:
         """Return the first n slots: the arrays themselves where that is all of them."""
         if not self.arrays or n >= self.arrays[0].shape[2]:
@@ -95,8 +105,10 @@ class Plain:
         Returns:
             ``[B, n_kv_heads, rows, head_dim]``, rows as ``layout.runs`` says.
         """
+        extent = layout.extent
+        if layout.n == 1 and self._slots.holds(extent):
+            return self._slots.put(layout.writes[0].target, rows, extent)
         self.bytes_per_token = rows.shape[1] * rows.shape[3] * rows.itemsize
-        extent = layout.after.extent
         if layout.n == 1:
             self._slots.write(layout.writes, [rows], extent)
             return self._slots.first(extent)[0]
@@ -159,7 +171,7 @@ class Quantised:
             CacheError: The group size does not divide the rows' head_dim.
         """
         self._check(rows)
-        S, extent = self._S, layout.after.extent
+        S, extent = self._S, layout.extent
         n_sinks = min(max(S - layout.ring.tokens, 0), layout.n)
         sinks, ring = rows[:, :, :n_sinks], self._quantised(rows[:, :, n_sinks:])
         if layout.n == 1:
@@ -192,7 +204,7 @@ class Quantised:
         return cast("Parts", tuple(parts))
 
     def _write(self, layout: Layout, sinks: mx.array, ring: Parts) -> None:
-        S, extent = self._S, layout.after.extent
+        S, extent = self._S, layout.extent
         for_sinks = [c for c in layout.writes if c.target < S]
         for_ring = [
             Copy(c.source - sinks.shape[2], c.target - S, c.length)

@@ -78,13 +78,14 @@ def _hook(names: dict[str, Any]) -> None:
             return original(
                 queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
             )
+        layout, packed, archived = owner.take(keys, mask)
         return sink_attention(
             queries,
             keys,
             values,
-            layout=owner.take_layout(keys, mask),
-            packed=owner.take_packed(keys),
-            archived=owner.take_archived(),
+            layout=layout,
+            packed=packed,
+            archived=archived,
             rotation=owner.rotation,
             scale=scale,
             learned_sinks=sinks,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -188,12 +188,11 @@ def resume(saved: Saved, model: nn.Module, whose: dict[str, str]) -> Loop:
     for part, expected in whose.items():
         if saved.whose[part] != expected:
             raise SessionError(f"session {name} belongs to another {part}")
-    made_with = saved.config.to_dict()
-    for setting, value in _config(model).items():
-        if made_with[setting] != value:
-            raise SessionError(
-                f"session {name} was made with {setting} {made_with[setting]}, not {value}"
-            )
+    config = config_of(model) or saved.config
+    for field in fields(SinkConfig):
+        was, value = (getattr(c, field.name) for c in (saved.config, config))
+        if was != value:
+            raise SessionError(f"session {name} was made with {field.name} {was}, not {value}")
     try:
         loop = _restored(model, saved)
     except _UNFIT:

@@ -93,7 +93,7 @@ def test_what_is_not_seen_holds_nothing():
     """A query with fewer evicted blocks than others must meet neither their values nor NaN."""
     shelf = Shelf(size=9, slots=8, first=0, count=2, new=0, limit=8)
     view, _ = archived(shelf)
-    block = Block(0, 3, 3, (), (), frozenset(), (0, 0, 0), (0, 1, 2), everything=False)
+    block = Block(0, 3, 3, (), (), True, frozenset(), (0, 0, 0), (0, 1, 2), everything=False)
     found = retrieve(mx.array(queries(3)), view, block, 2, Rotation([]))
     assert found.seen is not None
     seen = np.array(found.seen)

@@ -211,7 +211,7 @@ def test_far_streams_are_laid_out_like_near_ones(far: int):
             assert list(there.turns(turn)) == list(here.turns(turn))
         for a, b in zip(blocks_of(here, 4), blocks_of(there, 4), strict=True):
             for r, q in zip(a.ranges, b.ranges, strict=True):
-                assert q == replace(r, token=r.token if r.sinks else r.token + shift)
+                assert q == r._replace(token=r.token if r.sinks else r.token + shift)
             assert a.everything == b.everything
 
 

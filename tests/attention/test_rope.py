@@ -22,7 +22,7 @@ from mlx_lm.models.rope_utils import (
 from mlx_lm.models.smollm3 import NoPE
 
 from mlx_sink import UnsupportedModelError
-from mlx_sink.attention.rope import Rotation
+from mlx_sink.attention.rope import RECENT, Rotation
 from mlx_sink.models.trace import rope_call
 
 HEAD_DIM = 16
@@ -249,7 +249,7 @@ def test_tables_are_kept_by_key_and_forgotten():
     for b in range(1, 40):
         expected = rotate(np.array(x), np.array([b + 1]), CASES["plain"])
         np.testing.assert_allclose(np.array(rotation.turn(x, [b + 1], key=b)), expected, atol=2e-6)
-    assert len(rotation._recent) <= 4
+    assert len(rotation._recent) <= RECENT
     assert mx.array_equal(rotation.turn(x, [1], key=0), first)
 
 
@@ -264,12 +264,13 @@ class Raced(dict[Any, Any]):
 
 def test_streams_in_several_threads_share_the_tables():
     """A server's streams are of one model: what one forgets another may have forgotten."""
-    rotation, x = Rotation(plain(HEAD_DIM)), mx.array(vectors(1))
+    rotation, x = Rotation(plain(HEAD_DIM)), mx.array(vectors(2))
     rotation._recent = Raced()
     for b in range(12):
-        expected = rotate(np.array(x), np.array([b]), CASES["plain"])
-        np.testing.assert_allclose(np.array(rotation.turn(x, [b], key=b)), expected, atol=2e-6)
-    assert rotation._recent.keys() == {8, 9, 10, 11}
+        expected = rotate(np.array(x), np.array([b, b]), CASES["plain"])
+        turned = np.array(rotation.turn(x, [b, b], key=b))
+        np.testing.assert_allclose(turned, expected, atol=2e-6)
+    assert rotation._recent.keys() == set(range(12 - RECENT, 12))
 
 
 def test_copies_share_the_rotation():

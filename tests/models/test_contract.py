@@ -29,6 +29,7 @@ from tiny import (
 
 from mlx_sink import SinkConfig, attach
 from mlx_sink.attention.layout import blocks_of, layout_of
+from mlx_sink.attention.rope import RECENT
 from mlx_sink.config import DEFAULT_EPOCH
 from mlx_sink.models.architectures import VERIFIED
 
@@ -241,7 +242,7 @@ def test_nothing_grows():
         assert c.offset < E + longest
         assert c.size() == S + W
     assert c.tokens == n
-    assert len(c.rotation._recent) <= 4
+    assert len(c.rotation._recent) <= RECENT
     for memory in (layout_of, blocks_of):
         assert memory.cache_info().currsize <= memory.cache_info().maxsize
 

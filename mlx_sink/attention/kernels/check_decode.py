@@ -80,6 +80,11 @@ class DecodeVariant:
         return plain if self.packed is None else plain.quantised(*self.packed)
 
 
+def is_possible() -> bool:
+    """Tell whether MLX computes where the kernel could run, and nobody has switched it off."""
+    return trust.is_wanted() and mx.default_device() == source.device()
+
+
 def serves(
     queries: mx.array,
     keys: mx.array,
@@ -105,24 +110,44 @@ def serves(
         KernelError: `trust.SWITCH` is ``on``, and there is no GPU or the check failed.
         ConfigError: `trust.SWITCH` is none of its three words.
     """
-    if not trust.is_wanted() or mx.default_device() != source.device():
+    if not is_possible():
         return False
-    dtype, (_, H, n, D), n_kv = queries.dtype, queries.shape, keys.shape[1]
-    if D % 16 or values.shape[3] % 16 or inputs.MAX_GROUP * n_kv < H:
+    return _serves(
+        queries.shape[1:],
+        (keys.shape[1], values.shape[3]),
+        (queries.dtype, keys.dtype, values.dtype),
+        (rotation.dims, rotation.interleaved),
+        (softcap is not None, learned_sinks is not None),
+        None if packed is None else (packed[0].bits, packed[1].bits, packed[0].group_size),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _serves(
+    queries: tuple[int, ...],
+    heads: tuple[int, int],
+    dtypes: tuple[mx.Dtype, ...],
+    rotation: tuple[int, bool],
+    options: tuple[bool, bool],
+    packed: tuple[int, int, int] | None,
+) -> bool:
+    """Answer `serves` for all calls that look alike."""
+    (H, n, D), (n_kv, DV), dtype = queries, heads, dtypes[0]
+    if D % 16 or DV % 16 or inputs.MAX_GROUP * n_kv < H:
         return False
-    if dtype not in inputs.DTYPES or keys.dtype != dtype or values.dtype != dtype:
+    if dtype not in inputs.DTYPES or any(other != dtype for other in dtypes):
         return False
+    softcap, learned = options
     variant = DecodeVariant(
         dtype,
         H // n_kv,
         D,
-        values.shape[3],
+        DV,
         n,
-        rotation.dims,
-        rotation.interleaved,
-        softcap=softcap is not None,
-        learned_sinks=learned_sinks is not None,
-        packed=packed and (packed[0].bits, packed[1].bits, packed[0].group_size),
+        *rotation,
+        softcap=softcap,
+        learned_sinks=learned,
+        packed=packed,
     )
     return _is_trusted(variant)
 
@@ -181,3 +206,4 @@ def forget() -> None:
     decode_packed.forget()
     trust.is_wanted.cache_clear()
     _is_trusted.cache_clear()
+    _serves.cache_clear()

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,7 @@ def restore(args: argparse.Namespace, stated: dict[str, Any], parser: Parser) ->
             _refuse(path, name, value, stated[name])
         setattr(args, name, value)
     stated = stated | {n: v for n, v in recall_settings(args).items() if n in stated}
-    for name, value in saved.config.to_dict().items():
-        if name == "recall_layers" and value is not None:
-            value = tuple(value)
+    for name, value in asdict(saved.config).items():
         pinned = name == "num_sinks" and args.pin_system_prompt
         if stated.get(name, value) != value and not pinned:
             _refuse(path, name, value, stated[name])

@@ -47,7 +47,7 @@ class _State:
 
 def key_of(settings: ComparisonSettings, **more: Any) -> dict[str, Any]:
     """Return what tells one comparison from another, JSON-ready: its settings, and more."""
-    values = asdict(settings)
+    values = asdict(settings) | {"config": settings.config.to_dict()}
     values["arms"] = list(values.pop("methods"))
     return {**values, "lengths": list(settings.lengths), **more}
 
