@@ -129,7 +129,8 @@ def _program(words: list[str]) -> None:
         case ["python", script, *arguments] if script.endswith(".py"):
             _script(ROOT / script, arguments)
         case ["scripts/demo", *arguments]:
-            _parse(entry.command("generate").parser(), arguments)
+            own = arguments[1:] if arguments[:1] == ["--real"] else arguments
+            _parse(entry.command("generate").parser(), own)
         case ["scripts/test", *arguments]:
             script = ROOT / "scripts" / "test"
             if not os.access(script, os.X_OK):
