@@ -52,6 +52,7 @@ ONE_OF_EACH_CHECK = (
 SLOW = [
     # What some architectures show the others show too.
     Slow("test_every.py", r"\[", ("refused", *STAND_FOR_THE_REST)),
+    Slow("test_every_recall.py", r"\[", STAND_FOR_THE_REST),
     Slow("test_every_rollback.py", "nothing|never_come|take_none", STAND_FOR_THE_REST),
     Slow("test_every_tiny.py", "weight|logits|single", STAND_FOR_THE_REST),
     Slow("test_calibrate.py", "test_shares_of_every_architecture", STAND_FOR_THE_REST),

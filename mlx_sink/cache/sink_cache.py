@@ -20,7 +20,7 @@ from mlx_sink.cache.refusals import Refusals, Unsaved
 from mlx_sink.cache.rewindable import Rewindable
 from mlx_sink.cache.storage import storage_of
 from mlx_sink.config import SinkConfig
-from mlx_sink.errors import CacheError
+from mlx_sink.errors import CacheError, UnsupportedModelError
 from mlx_sink.io.tensors import Omitted
 
 
@@ -200,15 +200,20 @@ class SinkCache(Rewindable, Refusals):
     def take(
         self, keys: mx.array, mask: object
     ) -> tuple[Layout, tuple[Packed, Packed] | None, Archived | None]:
-        """Return all that attention is told of the rows last fetched; see `take_layout`."""
+        """Return all that attention is told of the rows last fetched; see `take_layout`.
+
+        Raises:
+            UnsupportedModelError: The model has made other keys of those that are archived.
+        """
         layout = self._layout
-        if (
-            layout is None
-            or mask is not None
-            or self._fetched is None
-            or self._fetched() is not keys
-        ):
-            return self.take_layout(keys, mask), self.take_packed(keys), self._archived
+        if layout is None or mask is not None or not self.handed_out(keys):
+            layout = self.take_layout(keys, mask)
+            if self.archive and not self.handed_out(keys):
+                raise UnsupportedModelError(
+                    "it attends to keys that it makes of those it keeps, and blocks of those it "
+                    "keeps cannot stand among them: leave recall out"
+                )
+            return layout, self.take_packed(keys), self._archived
         self._is_pending = False
         packed, self._packed = self._packed, None
         return layout, packed, self._archived

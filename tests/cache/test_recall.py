@@ -32,7 +32,14 @@ B = 16
 CONFIG = SinkConfig(3, 20, recall=2 * B, recall_block=B, recall_bits=None)
 N = 200
 
-FAMILIES = ("llama", "qwen3, yarn", "llama, interleaved", "stablelm", "smollm3", "phi3")
+FAMILIES = (
+    "llama",
+    "qwen3, yarn",
+    "llama, interleaved",
+    "phi3, partial longrope",
+    "smollm3",
+    "phi3",
+)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 

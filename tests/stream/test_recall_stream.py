@@ -145,3 +145,16 @@ def test_what_can_be_looked_up(model: nn.Module):
     assert stream.archived.nbytes == 2 * one * 5
     attach(model, replace(CONFIG, recall=0))
     assert Stream(model, TOKENIZER).archived is None
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_a_draft_changes_no_text(model: nn.Module, ahead: int):
+    """What is guessed, read at once and partly taken back looks up as what is made one by one."""
+    draft = build("llama", layers=1, seed=9)
+    attach(draft, SinkConfig(3, 20, rollback=6, epoch=80))
+    texts: list[list[int]] = []
+    for options in ({}, {"draft_model": draft, "num_draft_tokens": ahead}):
+        stream = Stream(model, TOKENIZER, seed=1, **options)
+        stream.feed(READ)
+        texts.append([response.token for response in stream.generate(120, ignore_eos=True)])
+    assert texts[0] == texts[1]
