@@ -25,7 +25,6 @@ import mlx_sink
 from mlx_sink import SinkConfig
 from mlx_sink.commands.convert.convert import convert
 from mlx_sink.commands.convert.quantize import Recipe
-from mlx_sink.models.architectures import VERIFIED
 
 TOLERANCE = 1e-3
 """As the logits of float32 are to agree; a hundredth of it is seen."""
@@ -78,13 +77,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _case(name: str) -> Any:
-    """Skip, with the reason, what attach does not take (yet)."""
-    skip = name not in VERIFIED
-    return pytest.param(name, marks=pytest.mark.skipif(skip, reason=f"{name} is not supported"))
-
-
-each = pytest.mark.parametrize("name", [_case(name) for name in ARCHITECTURES])
+each = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def save(path: Path, name: str, layers: int, dtype: str = "float32", **saving: Any) -> Any:
