@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -238,6 +239,7 @@ def test_an_idle_connection_does_not_keep_the_server_alive():
     """Browsers open one in advance."""
     with serving() as server:
         connection = socket.create_connection(("127.0.0.1", server.port))
+        time.sleep(0.5)  # until it has been accepted: then it is idle
     connection.close()
 
 
